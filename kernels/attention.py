@@ -1,0 +1,246 @@
+"""Softmax attention over packed, cached and cross contexts: the definition, and a form with linear memory.
+
+`reference` is the definition. Every other row of IMPLEMENTATIONS gives the same values and gradients: the
+tests hold all of them to one float64 oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASK_KINDS = ("causal", "bidirectional", "prefix")
+REFERENCE_MAX_SCORES = 1024 * 1024  # L*S up to which all scores at once are faster than a loop over chunks
+QUERY_CHUNK = 256  # queries whose scores are alive at one time in `chunked`
+
+
+class Context(NamedTuple):
+    """Who the queries and keys are. Integer or bool arrays only: no gradients."""
+
+    q_positions_BxL: jax.Array
+    k_positions_BxS: jax.Array
+    q_segment_ids_BxL: jax.Array
+    k_segment_ids_BxS: jax.Array
+    k_prefix_BxS: jax.Array | None
+
+
+class Rule(NamedTuple):
+    """The static part: hashable, so that it can be closed over by a compiled function."""
+
+    mask_kind: str
+    window: int | None
+    softcap: float | None
+    scale: float
+
+
+def visible(context: Context, rule: Rule) -> jax.Array:
+    """visible_BxLxS (bool): may query l look at key s? The only place that knows."""
+    q_segment_BxLx1 = context.q_segment_ids_BxL[:, :, None]
+    k_segment_Bx1xS = context.k_segment_ids_BxS[:, None, :]
+    distance_BxLxS = context.q_positions_BxL[:, :, None] - context.k_positions_BxS[:, None, :]
+    seen_BxLxS = (q_segment_BxLx1 == k_segment_Bx1xS) & (k_segment_Bx1xS != 0)
+    if rule.mask_kind == "causal":
+        seen_BxLxS &= distance_BxLxS >= 0
+    elif rule.mask_kind == "prefix":
+        seen_BxLxS &= (distance_BxLxS >= 0) | context.k_prefix_BxS[:, None, :]
+    if rule.window is not None:
+        near_BxLxS = jnp.abs(distance_BxLxS) if rule.mask_kind == "bidirectional" else distance_BxLxS
+        seen_BxLxS &= near_BxLxS < rule.window
+    return seen_BxLxS
+
+
+def reference(
+    q_BxLxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxV: jax.Array,
+    alibi_slopes_H: jax.Array | None,
+    context: Context,
+    rule: Rule,
+) -> jax.Array:
+    """The definition, with all B*H*L*S scores in memory. Arguments and result as in `attention`."""
+    B, L, H, K = q_BxLxHxK.shape
+    G, V = v_BxSxGxV.shape[2:]
+    R = H // G  # query heads per key head: grouped-query attention without repeating the keys
+    q_BxLxGxRxK = q_BxLxHxK.reshape(B, L, G, R, K)
+    scores_BxGxRxLxS = jnp.einsum(
+        "blgrk,bsgk->bgrls", q_BxLxGxRxK, k_BxSxGxK, preferred_element_type=jnp.float32
+    )
+    scores_BxGxRxLxS *= rule.scale
+    if rule.softcap is not None:
+        scores_BxGxRxLxS = rule.softcap * jnp.tanh(scores_BxGxRxLxS / rule.softcap)
+    if alibi_slopes_H is not None:
+        distance_BxLxS = context.q_positions_BxL[:, :, None] - context.k_positions_BxS[:, None, :]
+        slopes_1xGxRx1x1 = alibi_slopes_H.astype(jnp.float32).reshape(1, G, R, 1, 1)
+        # What a causal mask lets through is never negative; elsewhere, later is as far as earlier.
+        scores_BxGxRxLxS -= slopes_1xGxRx1x1 * jnp.abs(distance_BxLxS)[:, None, None]
+
+    seen_Bx1x1xLxS = visible(context, rule)[:, None, None]
+    # A finite floor, not -inf: a query that sees nothing then has finite weights, which the second `where`
+    # makes 0, so that neither its output nor any gradient through it can be NaN.
+    floor = jnp.finfo(jnp.float32).min
+    weights_BxGxRxLxS = jax.nn.softmax(jnp.where(seen_Bx1x1xLxS, scores_BxGxRxLxS, floor), axis=-1)
+    weights_BxGxRxLxS = jnp.where(seen_Bx1x1xLxS, weights_BxGxRxLxS, 0.0)
+    y_BxLxGxRxV = jnp.einsum(
+        "bgrls,bsgv->blgrv",
+        weights_BxGxRxLxS.astype(v_BxSxGxV.dtype),
+        v_BxSxGxV,
+        preferred_element_type=jnp.float32,
+    )
+    return y_BxLxGxRxV.reshape(B, L, H, V).astype(q_BxLxHxK.dtype)
+
+
+def chunked(
+    q_BxLxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxV: jax.Array,
+    alibi_slopes_H: jax.Array | None,
+    context: Context,
+    rule: Rule,
+) -> jax.Array:
+    """`reference`, for QUERY_CHUNK queries at a time: memory linear in L and in S, forward and backward.
+
+    The backward pass keeps q, k and v alone and makes each chunk's scores again; the gradients of k, v and
+    the slopes are summed over chunks in float32. Reverse mode only (custom_vjp); forward mode: `reference`.
+    """
+    L = q_BxLxHxK.shape[1]
+    C = min(QUERY_CHUNK, L)
+
+    def split(x_BxLx: jax.Array) -> jax.Array:
+        """N chunks of C queries, in front; what fills the last one up is segment 0, which sees nothing."""
+        x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -L % C)] + [(0, 0)] * (x_BxLx.ndim - 2))
+        x_BxNxCx = x_BxLx.reshape(x_BxLx.shape[0], -1, C, *x_BxLx.shape[2:])
+        return jnp.moveaxis(x_BxNxCx, 1, 0)
+
+    def join(x_NxBxCx: jax.Array) -> jax.Array:
+        x_BxNxCx = jnp.moveaxis(x_NxBxCx, 0, 1)
+        return x_BxNxCx.reshape(x_BxNxCx.shape[0], -1, *x_BxNxCx.shape[3:])[:, :L]
+
+    def split_queries(q: jax.Array, context: Context) -> tuple[jax.Array, ...]:
+        return split(q), split(context.q_positions_BxL), split(context.q_segment_ids_BxL)
+
+    def one_chunk(q, k, v, slopes, q_positions, q_segment_ids, context):
+        own = context._replace(q_positions_BxL=q_positions, q_segment_ids_BxL=q_segment_ids)
+        return reference(q, k, v, slopes, own, rule)
+
+    @jax.custom_vjp
+    def run(q, k, v, slopes, context):
+        def body(chunk):
+            q_chunk, *who = chunk
+            return one_chunk(q_chunk, k, v, slopes, *who, context)
+
+        return join(jax.lax.map(body, split_queries(q, context)))
+
+    def forward(q, k, v, slopes, context):
+        return run(q, k, v, slopes, context), (q, k, v, slopes, context)
+
+    def backward(saved, dy_BxLxHxV):
+        q, k, v, slopes, context = saved
+
+        def body(sums, chunk):
+            (q_chunk, *who), dy_chunk = chunk
+            _, pull = jax.vjp(lambda q, *shared: one_chunk(q, *shared, *who, context), q_chunk, k, v, slopes)
+            dq_chunk, *dshared = pull(dy_chunk)
+            return jax.tree.map(lambda total, d: total + d.astype(jnp.float32), sums, dshared), dq_chunk
+
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), [k, v, slopes])
+        sums, dq_NxBxCxHxK = jax.lax.scan(body, zeros, (split_queries(q, context), split(dy_BxLxHxV)))
+        dk, dv, dslopes = jax.tree.map(lambda total, x: total.astype(x.dtype), sums, [k, v, slopes])
+        return join(dq_NxBxCxHxK), dk, dv, dslopes, None
+
+    run.defvjp(forward, backward)
+    return run(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H, context)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked}
+
+
+def default_implementation(query_len: int, key_len: int) -> Callable[..., jax.Array]:
+    """What runs when none is named: the portable implementation for a static shape.
+
+    A kernel for one platform joins here, as a branch decided when the program is lowered:
+    `lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=kernel, default=portable)`.
+    """
+    return reference if query_len * key_len <= REFERENCE_MAX_SCORES else chunked
+
+
+def attention(
+    q_BxLxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxV: jax.Array,
+    *,
+    q_positions_BxL: jax.Array,
+    k_positions_BxS: jax.Array,
+    q_segment_ids_BxL: jax.Array,
+    k_segment_ids_BxS: jax.Array,
+    mask_kind: str = "causal",
+    k_prefix_BxS: jax.Array | None = None,
+    window: int | None = None,
+    alibi_slopes_H: jax.Array | None = None,
+    softcap: float | None = None,
+    scale: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention of L queries to S keys: y_BxLxHxV, in q's dtype.
+
+    Serves self attention (packed rows), cached decoding (S cache slots, empty ones of segment 0) and cross
+    attention (`bidirectional`, the memory's own segment ids). Scores and softmax are always float32.
+
+        score = scale * q.k; softcap * tanh(score / softcap); - slope * |q_position - k_position|; mask; softmax
+
+    A key is visible to a query iff both have the same segment, which isn't 0 (padding), and by `mask_kind`:
+    `causal`: k_position <= q_position; `bidirectional`: always; `prefix`: k_position <= q_position or
+    k_prefix. With a `window`, also q_position - k_position < window (for `bidirectional` its absolute value).
+    A query that sees nothing gives exactly 0 and gradients of exactly 0.
+
+    Args:
+      q_BxLxHxK, k_BxSxGxK, v_BxSxGxV: floating; H is a multiple of G, and head h reads group h // (H/G).
+      q_positions_BxL, k_positions_BxS: int32, from 0 in each document.
+      q_segment_ids_BxL, k_segment_ids_BxS: int32, 0 is padding.
+      k_prefix_BxS: bool, the key belongs to its document's bidirectional prefix; read for `prefix` only.
+      window: in tokens, the query's own included. alibi_slopes_H: positive, differentiable.
+      scale: often K**-0.5.
+      implementation: a key of IMPLEMENTATIONS; None chooses by shape.
+
+    Raises:
+      ValueError: an unknown mask_kind or implementation, shapes that don't fit, a window below 1, a softcap
+        not above 0, or `prefix` without k_prefix_BxS.
+
+    Sources: scaled dot-product attention: Vaswani et al. 2017, eq. 1. Grouped queries: Ainslie et al. 2023
+    (GQA). Prefix: Raffel et al. 2020 (T5), section 3.2.1. ALiBi: Press et al. 2022, section 3. Soft cap:
+    Gemma 2, 2024, section 2. Chunks with recomputation: Rabe and Staats 2021.
+    """
+    B, L, H, K = q_BxLxHxK.shape
+    S, G = k_BxSxGxK.shape[1:3]
+    context = Context(q_positions_BxL, k_positions_BxS, q_segment_ids_BxL, k_segment_ids_BxS, k_prefix_BxS)
+    if k_BxSxGxK.shape != (B, S, G, K) or v_BxSxGxV.shape[:3] != (B, S, G) or G == 0 or H % G:
+        raise ValueError(
+            f"attention: q {q_BxLxHxK.shape}, k {k_BxSxGxK.shape}, v {v_BxSxGxV.shape} aren't BxLxHxK, "
+            "BxSxGxK, BxSxGxV with H a multiple of G"
+        )
+    for name, array in context._asdict().items():
+        expected = (B, L) if name.endswith("L") else (B, S)
+        if array is not None and array.shape != expected:
+            raise ValueError(f"attention: {name} has shape {array.shape}, not {expected}")
+    if mask_kind not in MASK_KINDS:
+        raise ValueError(f"attention: mask_kind {mask_kind!r} is none of {', '.join(MASK_KINDS)}")
+    if mask_kind == "prefix" and k_prefix_BxS is None:
+        raise ValueError("attention: mask_kind 'prefix' needs k_prefix_BxS")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window {window} is below 1; a query sees itself")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"attention: softcap {softcap} isn't above 0; None turns it off")
+    if alibi_slopes_H is not None and alibi_slopes_H.shape != (H,):
+        raise ValueError(f"attention: alibi_slopes_H has shape {alibi_slopes_H.shape}, not {(H,)}")
+    if implementation is None:
+        run = default_implementation(L, S)
+    elif implementation in IMPLEMENTATIONS:
+        run = IMPLEMENTATIONS[implementation]
+    else:
+        raise ValueError(
+            f"attention: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
+        )
+    rule = Rule(mask_kind, window, softcap, scale)
+    return run(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H, context, rule)

@@ -1,0 +1,1 @@
+"""Documents to batches: sources, tokenizers, packing, the global order, reading ahead."""

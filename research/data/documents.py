@@ -1,0 +1,50 @@
+"""What every source gives: documents with names, a content fingerprint, and the rule that holds some of them out."""
+
+import dataclasses
+import hashlib
+from typing import Iterable, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text and its name. The name never holds an absolute path, so it means the same on every machine."""
+
+    id: str
+    text: str
+
+
+class DocumentSource(Protocol):
+    """Documents by index, in the order of their names. Pure: the same arguments and files give the same documents."""
+
+    def __len__(self) -> int: ...
+
+    def document_id(self, index: int) -> str:
+        """The name alone, without reading the text."""
+
+    def document(self, index: int) -> Document: ...
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over names and contents; independent of absolute paths and times of change."""
+
+
+def split(document_id: str, holdout: float) -> str:
+    """"validation" for the share `holdout` (in [0, 1)) of names with the smallest sha256, else "train".
+
+    It depends on the name alone, so a document stays on its side when others come, go or change.
+    """
+    head = int.from_bytes(hashlib.sha256(document_id.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    return "validation" if head < int(holdout * 2**64) else "train"
+
+
+def subset_key(document_id: str) -> bytes:
+    """Sort by this to take an evenly spread subset. Salted: unsalted, a small subset would be all validation."""
+    return hashlib.sha256(b"subset:" + document_id.encode("utf-8", "surrogateescape")).digest()
+
+
+def combine(parts: Iterable[str]) -> str:
+    """sha256 (hex) of a list of texts; their lengths are hashed too, so that no two lists collide by joining."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()

@@ -1,0 +1,37 @@
+"""The one table of sources. A new source is its file and one row here; the tests' battery then covers it."""
+
+import typing
+from typing import Any, Mapping
+
+from research.config import annotations_of, nearest
+from research.data.documents import DocumentSource
+from research.data.sourcecode import SourceCode
+from research.data.synthetic import Synthetic
+from research.data.text import Text
+from research.errors import InputError
+
+SOURCES: dict[str, type] = {"sourcecode": SourceCode, "text": Text, "synthetic": Synthetic}
+
+
+def make_source(name: str, args: Mapping[str, Any]) -> DocumentSource:
+    """The source of that name; its arguments are the fields of its class in `SOURCES`. One text serves for a list.
+
+    Raises:
+      InputError: an unknown name or argument, a missing one, a value of the wrong type; the field is relative to the
+        source's config node.
+    """
+    if name not in SOURCES:
+        raise InputError("name", f"unknown source {name!r}", nearest(name, list(SOURCES)))
+    hints = annotations_of(SOURCES[name])
+    values = dict(args)
+    for key, value in values.items():
+        if key not in hints:
+            raise InputError(f"args.{key}", f"unknown argument of {name}", nearest(key, list(hints)))
+        if isinstance(value, str) and typing.get_origin(hints[key]) is tuple:
+            values[key] = (value,)
+    if name == "text" and "paths" not in values:
+        raise InputError("args.paths", "missing", "name the files: data.sources.0.args.paths=FILE")
+    try:
+        return SOURCES[name](**values)
+    except InputError as error:
+        raise error.within("args") from None

@@ -1,0 +1,30 @@
+"""The two ways a run ends that are not bugs, each with its exit code (docs/interfaces.md)."""
+
+
+class InputError(Exception):
+    """The user's input is wrong: names the field, says what is wrong and what to do. Exit code 2.
+
+    Printed as one line: `field: problem; cure`.
+    """
+
+    exit_code = 2
+
+    def __init__(self, field: str, problem: str, cure: str):
+        super().__init__(f"{field}: {problem}; {cure}")
+        self.field, self.problem, self.cure = field, problem, cure
+
+    def within(self, prefix: str) -> "InputError":
+        """The same error, seen from the node that holds this one at `prefix`."""
+        return InputError(f"{prefix}.{self.field}", self.problem, self.cure)
+
+
+class Diverged(Exception):
+    """The loss or a gradient stopped being finite, and nothing was saved since. Exit code 3."""
+
+    exit_code = 3
+
+
+class Interrupted(Exception):
+    """Stopped on request, everything saved, restartable with the same command. Exit code 75."""
+
+    exit_code = 75

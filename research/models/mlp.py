@@ -1,0 +1,84 @@
+"""MLPs: mixers that don't look sideways."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.config import MixerConfig, Positive
+from research.models.context import Context
+from research.params import fan_in, param, zeros
+
+ACTIVATIONS = {"gelu": nn.gelu, "gelu_exact": lambda x: nn.gelu(x, approximate=False), "relu": nn.relu,
+               "relu_squared": lambda x: jnp.square(nn.relu(x)), "silu": nn.silu}
+Activation = Literal["gelu", "gelu_exact", "relu", "relu_squared", "silu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mlp(MixerConfig):
+    """down(activation(up(x))) (Vaswani et al. 2017)."""
+
+    hidden: Positive
+    activation: Activation = "gelu"
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedMlp(MixerConfig):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020: SwiGLU with silu, GEGLU with gelu)."""
+
+    hidden: Positive
+    activation: Activation = "silu"
+    bias: bool = False
+
+
+class _Stateless(nn.Module):
+    """What the mixers without state or aux share."""
+
+    @staticmethod
+    def init_state(cfg: MixerConfig, batch: int, dim: int, max_len: int, dtype: jnp.dtype) -> dict:
+        return {}
+
+    @staticmethod
+    def state_axes(cfg: MixerConfig) -> dict:
+        return {}
+
+    def linear(self, name: str, x_BxLxI: jax.Array, size: int, axes: tuple[str, str], bias: bool) -> jax.Array:
+        weight_IxO = param(self, name, (x_BxLxI.shape[-1], size), axes, fan_in(), inputs=axes[:1])
+        y_BxLxO = jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO)
+        if bias:
+            y_BxLxO += param(self, f"{name}_bias", (size,), axes[1:], zeros, role="vector").astype(y_BxLxO.dtype)
+        return y_BxLxO
+
+
+class MlpMixer(_Stateless):
+    cfg: Mlp
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+        cfg = self.cfg
+        h_BxLxF = self.linear("up", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
+        h_BxLxF = ACTIVATIONS[cfg.activation](h_BxLxF)
+        return self.linear("down", h_BxLxF, x_BxLxD.shape[-1], ("mlp", "embed"), cfg.bias), state, {}
+
+    @staticmethod
+    def flops(cfg: Mlp, dim: int, seq_len: int, causal: bool = True) -> float:
+        return 4.0 * dim * cfg.hidden
+
+
+class GatedMlpMixer(_Stateless):
+    cfg: GatedMlp
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+        cfg = self.cfg
+        gate_BxLxF = self.linear("gate", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
+        up_BxLxF = self.linear("up", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
+        h_BxLxF = ACTIVATIONS[cfg.activation](gate_BxLxF) * up_BxLxF
+        return self.linear("down", h_BxLxF, x_BxLxD.shape[-1], ("mlp", "embed"), cfg.bias), state, {}
+
+    @staticmethod
+    def flops(cfg: GatedMlp, dim: int, seq_len: int, causal: bool = True) -> float:
+        return 6.0 * dim * cfg.hidden

@@ -1,0 +1,207 @@
+"""Names, units and files that the rooms share: the run's config tree and the run directory. `docs/interfaces.md` in code.
+
+Sizes are counts or bytes, times seconds, losses nats per token, learning rates the peak. `train.batch_size` is
+sequences per optimizer step over all hosts.
+"""
+
+import dataclasses
+from typing import Literal
+
+from research.config import Fraction, MixerConfig, Natural, Node, NonNegative, Positive, PositiveFloat
+from research.errors import InputError
+
+SCHEMA_VERSION = 1
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 2, 3, 75
+
+CONFIG_FILE = "config.json"
+RESULT_FILE = "result.json"
+PREDICTION_FILE = "prediction.json"
+LOCK_FILE = ".lock"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+METRICS_PREFIX = "metrics-"
+LEDGER_PREFIX = "ledger-"
+LEDGER_EVENTS = ("started", "resumed", "preempted", "saved", "restored", "quarantined", "rolled_back", "skipped",
+                 "alarm", "predicted", "scored", "finished")
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm(Node):
+    """The normalisation around each mixer. pre: x + f(norm(x)); post: norm(x + f(x)) (Vaswani et al. 2017)."""
+
+    kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    placement: Literal["pre", "post"] = "pre"
+    eps: PositiveFloat = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales(Node):
+    """Multipliers on the embedding's output, on each residual branch and on the logits; a parametrisation sets them."""
+
+    embedding: PositiveFloat = 1.0
+    residual: PositiveFloat = 1.0
+    logits: PositiveFloat = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage(Node):
+    """`repeats` scanned copies of a flat pattern of residual mixers."""
+
+    pattern: tuple[MixerConfig, ...]
+    repeats: Positive = 1
+
+    def validate(self):
+        if not self.pattern:
+            raise InputError("pattern", "is empty", "name at least one mixer")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Node):
+    """A model is a tuple of stages. `positions` is what is added to the embedding; RoPE and ALiBi belong to Attention."""
+
+    vocab_size: Positive
+    dim: Positive
+    stages: tuple[Stage, ...]
+    encoder_stages: tuple[Stage, ...] = ()
+    norm: Norm = Norm()
+    tie_embeddings: bool = False
+    positions: Literal["none", "sinusoidal", "learned"] = "none"
+    dropout: Fraction = 0.0
+    remat: Literal["none", "full", "dots"] = "none"
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "float32"
+    max_len: Positive = 2048
+    scales: Scales = Scales()
+
+    def validate(self):
+        if not self.stages:
+            raise InputError("stages", "is empty", "name at least one stage")
+        for field in ("stages", "encoder_stages"):
+            for i, stage in enumerate(getattr(self, field)):
+                for j, mixer in enumerate(stage.pattern):
+                    try:
+                        mixer.check(self.dim)
+                    except InputError as error:
+                        raise error.within(f"{field}.{i}.pattern.{j}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(Node):
+    """A row of SOURCES by name, its arguments, and its share of the mixture (weights need not sum to one)."""
+
+    name: str
+    args: dict = dataclasses.field(default_factory=dict)
+    weight: PositiveFloat = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation(Node):
+    """A named evaluation set: the held-out documents of `data.sources`, or the whole of `sources` where given."""
+
+    name: str = "heldout"
+    sources: tuple[Source, ...] = ()
+    max_rows: Positive = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Node):
+    """`holdout` is the share of documents, by a hash of their names, that training never sees."""
+
+    sources: tuple[Source, ...]
+    tokenizer: str = "bytes"
+    seq_len: Positive = 256
+    packed: bool = True
+    holdout: Fraction = 0.01
+    validation: tuple[Validation, ...] = (Validation(),)
+    cache_dir: str = "~/.cache/rung"
+
+    def validate(self):
+        names = [v.name for v in self.validation]
+        if not self.sources:
+            raise InputError("sources", "is empty", "name at least one source")
+        if len(set(names)) != len(names):
+            raise InputError("validation", f"names repeat: {', '.join(names)}", "name each set differently")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(Node):
+    """`lr` is the peak. `decay_steps`: length of the final decay (wsd) or, for the others, 0 = until the last step."""
+
+    name: str = "adamw"
+    lr: NonNegative = 1e-3
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: Natural = 0
+    decay_steps: Natural = 0
+    weight_decay: NonNegative = 0.0
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    clip_norm: NonNegative = 1.0
+    z_loss: NonNegative = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Node):
+    """`*_every` are in steps, 0 = never; `init_from` is a run directory whose parameters are loaded by path."""
+
+    objective: str = "next_token"
+    steps: Positive = 1000
+    batch_size: Positive = 8
+    microbatches: Positive = 1
+    log_every: Positive = 10
+    eval_every: Natural = 0
+    sample_every: Natural = 0
+    init_from: str | None = None
+
+    def validate(self):
+        if self.batch_size % self.microbatches:
+            raise InputError("microbatches", f"{self.microbatches} does not divide train.batch_size={self.batch_size}",
+                             "choose a divisor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Node):
+    """Sizes of the mesh axes; 0 = automatic: what is left for the axis that `rules` scales over, 1 for the others."""
+
+    rules: str = "dp"
+    data: Natural = 0
+    fsdp: Natural = 0
+    tensor: Natural = 0
+    expert: Natural = 0
+    context: Natural = 0
+    slices: Positive = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(Node):
+    """When to save (0 = never by that clock; always at the end) and what to keep."""
+
+    every_steps: Natural = 0
+    every_minutes: NonNegative = 5.0
+    keep_last: Positive = 2
+    keep_every: Natural = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Node):
+    """Everything a run is; written whole to the run directory."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    seed: Natural = 0
+
+    def validate(self):
+        if self.data.seq_len > self.model.max_len:
+            raise InputError("data.seq_len", f"{self.data.seq_len} is above model.max_len={self.model.max_len}",
+                             "raise model.max_len or shorten the rows")
+        if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps:
+            raise InputError("optim.warmup_steps", f"{self.optim.warmup_steps} leaves nothing of train.steps="
+                             f"{self.train.steps}", "warm up for fewer steps")
