@@ -188,7 +188,7 @@ def attention(
     Serves self attention (packed rows), cached decoding (S cache slots, empty ones of segment 0) and cross
     attention (`bidirectional`, the memory's own segment ids). Scores and softmax are always float32.
 
-        score = scale * q.k; softcap * tanh(score / softcap); - slope * |q_position - k_position|; mask; softmax
+        scale * q.k; softcap * tanh(. / softcap); - slope * |q_position - k_position|; mask; softmax; times v
 
     A key is visible to a query iff both have the same segment, which isn't 0 (padding), and by `mask_kind`:
     `causal`: k_position <= q_position; `bidirectional`: always; `prefix`: k_position <= q_position or

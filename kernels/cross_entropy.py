@@ -108,7 +108,7 @@ def chunked(
 
 
 def _over_shards(fn, hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule: Rule):
-    """`fn`, which returns (sums, values by token), on each of shards[0] * shards[1] blocks of rows and columns.
+    """`fn`, which returns (sums, values by token), on each of shards[0] * shards[1] blocks of the tokens.
 
     Were there one running sum for all devices, the compiler would have to add it up across them in every
     chunk; with one for each block, it does so once, here at the end.
@@ -231,7 +231,7 @@ def cross_entropy(
       targets_BxL: int32. Where the weight is 0 a target may be any number. weights_BxL: float32.
       chunk: tokens of every row at a time, in `chunked`; None chooses by shape.
       shards: over how many devices B and L are split. Given, `chunked` keeps one sum of the unembedding's
-        gradient for each block, and devices add theirs up once, not in every chunk. Results don't depend on it.
+        gradient for each block, and devices add theirs up once, not in every chunk. The values stay the same.
       implementation: a key of IMPLEMENTATIONS; None is `chunked`.
 
     Returns:

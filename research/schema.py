@@ -154,6 +154,7 @@ class TrainConfig(Node):
     log_every: Positive = 10
     eval_every: Natural = 0
     sample_every: Natural = 0
+    sample_prompt: str = "def "
     init_from: str | None = None
 
     def validate(self):

@@ -231,6 +231,25 @@ class LanguageModel:
                          for stage in stages for m in stage.pattern)
         return total
 
+    def param_counts(self) -> dict[str, int]:
+        """total; active: what one token passes through (experts by their share); non_embedding: hidden and vectors."""
+        counts = {"total": 0, "active": 0, "non_embedding": 0}
+        for path, weight in self.weights.items():
+            share = 1.0
+            if "expert" in weight.axes:
+                cfg = self.mixer_at(path)
+                share = mixers.row(cfg).module.active_share(cfg)
+            counts["total"] += weight.size
+            counts["active"] += round(weight.size * share)
+            counts["non_embedding"] += weight.size if weight.role in ("hidden", "vector") else 0
+        return counts
+
+    def mixer_at(self, path: str) -> mixers.MixerConfig:
+        """The config of the mixer that owns the weight at `path` (`decoder/stage_0/moe_1/router`)."""
+        tower, stage, name = path.split("/")[:3]
+        stages = self.cfg.encoder_stages if tower == "encoder" else self.cfg.stages
+        return dict(mixers.named(stages[int(stage.removeprefix("stage_"))].pattern))[name]
+
     def apply_statistics(self, params: Mapping, statistics: Mapping[str, jax.Array]) -> dict:
         """Weights that learn from statistics, not gradients (a MoE balancing bias), after a whole step's were summed.
 
@@ -238,9 +257,8 @@ class LanguageModel:
         """
         flat = flatten(params)
         for path, statistic in statistics.items():
-            _, stage, mixer_name, weight = path.split("/")
-            cfg = dict(mixers.named(self.cfg.stages[int(stage.removeprefix("stage_"))].pattern))[mixer_name]
-            update = functools.partial(mixers.row(cfg).module.update_weight, cfg, weight)
+            cfg = self.mixer_at(path)
+            update = functools.partial(mixers.row(cfg).module.update_weight, cfg, path.rsplit("/", 1)[1])
             flat[path] = jax.vmap(update)(flat[path], statistic)
         return unflatten(flat)
 

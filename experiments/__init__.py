@@ -1,0 +1,1 @@
+"""What people run: training, sweeps, experiments."""

@@ -1,0 +1,57 @@
+"""Trains a model: `python -m experiments.train --config=quickstart --workdir=runs/quickstart [--set optim.lr=3e-3]...`
+
+The same command again goes on where the run stopped. Ctrl-C saves and stops; so does SIGTERM. Watch it with
+`tensorboard --logdir=runs`. Presets are in configs/; every field can be set, see docs/interfaces.md.
+"""
+
+import sys
+
+from absl import flags
+
+from experiments import command_line
+from research.errors import InputError
+from research.training.loop import Launch, run
+
+command_line.define_config_flags()
+command_line.define_json_flag()
+flags.DEFINE_string("workdir", None, "Directory of the run; made if missing, continued if it holds one.")
+flags.DEFINE_float("minutes", None, "Stop cleanly after so many minutes (exit code 75); the next call goes on.", lower_bound=0.0)
+flags.DEFINE_string("prediction", None, "A prediction file to register at step 0 (copied into the workdir).")
+flags.DEFINE_integer("profile_steps", 0, "Trace so many steps for TensorBoard's profile tab.", lower_bound=0)
+FLAGS = flags.FLAGS
+
+
+def main(_: list[str]) -> int:
+    if not FLAGS.workdir:
+        raise InputError("--workdir", "is missing", "name a directory for the run, e.g. --workdir=runs/first")
+    config, preset = command_line.configured()
+    launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps)
+    result = run(config, launch)
+    if FLAGS.json:
+        command_line.print_json(result)
+    else:
+        print_summary(config.name, result)
+    return 0
+
+
+def print_summary(name: str, result: dict) -> None:
+    """What came out, and what a person would want next."""
+    print(f"\n{name}: {result['steps']} steps, {result['tokens']:,} tokens, {result['params']['total']:,} parameters, "
+          f"{result['tokens_per_second']:,.0f} tokens/s, MFU {100 * result['mfu']:.0f}%")
+    for dataset, r in result["final_eval"].items():
+        print(f"  {dataset}: {r['loss']:.4f} +- {r['se']:.4f} nats/token, perplexity {r['perplexity']:.2f}, "
+              f"{r['bits_per_byte']:.4f} bits/byte  ({r['tokens']:,} tokens of {r['documents']} documents)")
+    if result["sample"]:
+        print("\nA sample:\n\n    " + result["sample"].replace("\n", "\n    "))
+    python = f"{sys.executable} -m" if ".venv" in sys.executable else "python -m"
+    workdir = FLAGS.workdir
+    print(f"""
+Next:
+  {python} tensorboard.main --logdir={workdir}
+  {python} tools.generate --workdir={workdir} --prompt="def " --max_new_tokens=40
+  {python} tools.inspect_model --config={name}
+  {python} experiments.train --config={name} --workdir={workdir}-lr3e-3 --set optim.lr=3e-3""")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

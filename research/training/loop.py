@@ -1,0 +1,375 @@
+"""The one loop: dispatch step n, then read the metrics of n - 1; evaluate, sample, save; stop cleanly, resume bitwise."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import Any, Iterator, Mapping
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from research import hardware
+from research.data import pipeline
+from research.data.loader import Loader, evaluation_batches
+from research.decoding.engine import Engine
+from research.decoding.sampling import Sampling
+from research.errors import Diverged, InputError, Interrupted
+from research.evaluation.perplexity import evaluate
+from research.params import params_sha256
+from research.schema import PREDICTION_FILE, RESULT_FILE, SCHEMA_VERSION, TOKENIZER, Config
+from research.training import step as steps
+from research.training.checkpoint import Checkpointer, initialise_from
+from research.training.metrics import Clock, Recorder, Speed, run_name
+from research.training.program import BATCH_FIELDS, Program, make_program
+from research.training.state import TrainState, init_state
+from research.training.workdir import Ledger, Lock, check_config, write_config, write_result
+
+SAMPLE_TOKENS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a run is started, apart from its config. `minutes`: stop cleanly after so long, to go on with the next call."""
+
+    workdir: str
+    preset: Config
+    minutes: float | None = None
+    prediction: str | None = None
+    profile_steps: int = 0
+    quiet: bool = False
+
+
+@dataclasses.dataclass
+class Session:
+    """The parts of a running job that its functions share."""
+
+    launch: Launch
+    program: Program
+    data: Any
+    workdir: epath.Path
+    recorder: Recorder | None  # on the first process only
+    ledger: Ledger | None
+    checkpointer: Checkpointer
+    clock: Clock
+    nll: Any
+    peak_flops: float
+    bar: Any
+
+
+def run(config: Config, launch: Launch) -> dict[str, Any]:
+    """Trains `config` in `launch.workdir`, from where an earlier launch stopped; returns what `result.json` holds.
+
+    Raises:
+      InputError: bad input; nothing in the workdir was changed.
+      Diverged: the loss or a gradient is not finite.
+      Interrupted: asked to stop (SIGINT, SIGTERM, minutes); all is saved.
+    """
+    clock = Clock()
+    workdir = epath.Path(launch.workdir).expanduser()
+    with clock.measure("initialising"), contextlib.ExitStack() as stack:
+        program = make_program(config)
+        known = check_config(workdir, config) if workdir.exists() else False
+        if launch.prediction and not os.path.exists(launch.prediction):
+            raise InputError("--prediction", f"{launch.prediction} does not exist", "name the file that predict wrote")
+        data = pipeline.prepare(config.data, config.model.vocab_size, config.seed, quiet=launch.quiet)
+        if data.tokenizer.vocab_size > config.model.vocab_size:
+            raise InputError("model.vocab_size", f"{config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size}",
+                             f"set model.vocab_size={data.tokenizer.vocab_size}")
+        workdir.mkdir(parents=True, exist_ok=True)
+        first = jax.process_index() == 0
+        if first:
+            stack.callback(Lock(workdir).release)
+        checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
+        if checkpointer.latest_step() == config.train.steps and (workdir / RESULT_FILE).exists():
+            logging.info("%s has finished all %d steps already", workdir, config.train.steps)
+            return json.loads((workdir / RESULT_FILE).read_text())
+        state, start = _start(program, checkpointer, clock)
+        if first:
+            _open_workdir(workdir, config, launch, data, known, start)
+        recorder = Recorder(workdir, start) if first else None
+        if recorder:
+            stack.callback(recorder.close)
+            recorder.hparams(config, run_name(config, launch.preset))
+        ledger = Ledger(workdir) if first else None
+        bar = stack.enter_context(_progress(config, start, launch.quiet))
+        session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock,
+                          steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar)
+        _note(session, "resumed" if start else "started", start)
+        state = _train(session, state, start)
+        return _finish(session, state, start)
+
+
+def _start(program: Program, checkpointer: Checkpointer, clock: Clock) -> tuple[TrainState, int]:
+    """The newest saved state, else a fresh one (from `train.init_from` where that is given)."""
+    if checkpointer.latest_step() is not None:
+        with clock.measure("restoring"):
+            state, data = checkpointer.restore(program.abstract)
+        step = int(jax.device_get(state.step))
+        if data["sample"] != step * program.config.train.batch_size:
+            raise InputError("train.batch_size", f"the checkpoint is at sample {data['sample']} of step {step}",
+                             "resume with the batch size it was made with")
+        return state, step
+    state = init_state(program.model.init, program.optimizer, program.layout, program.config.seed)
+    if program.config.train.init_from:
+        state = state.replace(params=initialise_from(program.config.train.init_from, state.params))
+    return state, 0
+
+
+def _open_workdir(workdir: epath.Path, config: Config, launch: Launch, data: Any, known: bool, start: int) -> None:
+    write_config(workdir, config, data.corpus_hash)
+    if not known or not (workdir / TOKENIZER).exists():
+        (workdir / TOKENIZER).mkdir(parents=True, exist_ok=True)
+        data.tokenizer.save(os.fspath(workdir / TOKENIZER))
+    if launch.prediction and not (workdir / PREDICTION_FILE).exists():
+        if start:
+            raise InputError("--prediction", f"the run is at step {start} already", "register a prediction before step 0")
+        shutil.copyfile(launch.prediction, os.fspath(workdir / PREDICTION_FILE))
+
+
+def _peak_flops(config: Config) -> float:
+    """Peak FLOP/s of all devices together; measured where they are this host's cores."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return hardware.measured_cpu_peak() * jax.process_count()
+    peaks = hardware.chip_of(device).peak_flops
+    name = config.model.compute_dtype
+    return peaks[name if name in peaks else "bfloat16"] * jax.device_count()
+
+
+def _progress(config: Config, start: int, quiet: bool) -> tqdm:
+    """A bar on a terminal; elsewhere one log line a logged step (`_report`)."""
+    return tqdm(total=config.train.steps, initial=start, desc=config.name, unit="step", dynamic_ncols=True,
+                disable=quiet or jax.process_index() != 0 or not sys.stderr.isatty(), smoothing=0.1)
+
+
+def _note(session: Session, event: str, step: int, **details: Any) -> None:
+    if session.ledger:
+        session.ledger.write(event, step, **details)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[dict[str, str]]:
+    """Turns SIGINT and SIGTERM into an entry of the returned dict; a second SIGINT ends at once."""
+    asked: dict[str, str] = {}
+
+    def ask(number: int, _: Any) -> None:
+        if "signal" in asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked["signal"] = signal.Signals(number).name
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+    except ValueError:  # not in the main thread: whoever owns it handles its signals
+        pass
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(session: Session, state: TrainState, start: int) -> TrainState:
+    config, clock, program = session.program.config, session.clock, session.program
+    train, layout = config.train, program.layout
+    if start >= train.steps:
+        return state
+    with clock.measure("compiling"):
+        logging.info("compiling the step")
+        compiled = program.compile()
+    deadline = time.monotonic() + 60 * session.launch.minutes if session.launch.minutes else math.inf
+    loader = Loader(session.data.train, session.data.weights, config.seed, train.batch_size, train.microbatches,
+                    jax.process_index(), jax.process_count(), start * train.batch_size)
+    speed, pending, saved_at = Speed(), None, time.monotonic()
+    with contextlib.closing(loader), _stop_requests() as asked, clock.measure("training"):
+        batches = iter(loader)
+        for number in range(start + 1, train.steps + 1):
+            began = time.monotonic()
+            with clock.measure("data_wait"):
+                batch = put_batch(next(batches), layout.batch())
+            wait = time.monotonic() - began
+            with _profile(session, number - start), jax.transfer_guard("disallow"):
+                state, metrics = compiled(state, None, batch)
+            if pending:
+                _report(session, speed, *pending)
+            pending = (number, metrics)
+            speed.add(time.monotonic() - began, wait)
+            session.bar.update(1)
+            stop = "signal" in asked or time.monotonic() > deadline
+            evaluates = train.eval_every and number % train.eval_every == 0 and number < train.steps
+            samples = train.sample_every and number % train.sample_every == 0 and number < train.steps
+            saves = _save_due(config, number, saved_at) or stop or number == train.steps
+            if evaluates or samples or saves:
+                _report(session, speed, *pending)  # a step whose loss isn't finite is never saved
+                pending = None
+            if evaluates:
+                _evaluate(session, state, number)
+            if samples:
+                _sample(session, state, number)
+            if saves:
+                _save(session, state, number)
+                saved_at = time.monotonic()
+            if stop and number < train.steps:
+                with clock.measure("saving"):
+                    session.checkpointer.wait()
+                _note(session, "preempted", number, reason=asked["signal"] if "signal" in asked else "minutes are over")
+                raise Interrupted(f"stopped after step {number} of {train.steps}; the same command goes on from there")
+    return state
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays of the fields that the step reads."""
+    return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in BATCH_FIELDS}
+
+
+@contextlib.contextmanager
+def _profile(session: Session, done: int) -> Iterator[None]:
+    """Traces `--profile_steps` steps, from the third on, for TensorBoard's profile tab."""
+    count, begin = session.launch.profile_steps, 3
+    if count and done == begin:
+        jax.profiler.start_trace(os.fspath(session.workdir))
+    yield
+    if count and done == begin + count - 1:
+        jax.profiler.stop_trace()
+
+
+def _save_due(config: Config, number: int, saved_at: float) -> bool:
+    every, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
+    return bool(every and number % every == 0) or bool(minutes and time.monotonic() - saved_at > 60 * minutes)
+
+
+def _report(session: Session, speed: Speed, number: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Reads a step's metrics; stops on a number that isn't finite; logs every `log_every` steps and the last."""
+    config, program = session.program.config, session.program
+    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    for name in ("objective", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise Diverged(f"step {number}: {name} is {values[name]}; nothing since the last checkpoint was saved")
+    if (number % config.train.log_every and number != config.train.steps) or not speed.steps:
+        return
+    timing = speed.take()
+    tokens_per_second = timing.pop("steps") * program.tokens_per_step / max(timing.pop("seconds"), 1e-9)
+    mfu = tokens_per_second * program.flops_per_token / session.peak_flops
+    memory = jax.local_devices()[0].memory_stats()
+    row = {"samples": number * config.train.batch_size, "tokens": number * program.tokens_per_step,
+           "flops": number * program.tokens_per_step * program.flops_per_token, **values,
+           "tokens_per_second": tokens_per_second, "mfu": mfu, **timing,
+           "device_bytes": memory["bytes_in_use"] if memory else resident_bytes()}
+    if session.recorder:
+        session.recorder.row(number, row)
+    loss = values["loss"] if "loss" in values else values["objective"]
+    words = {"loss": f"{loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}", "mfu": f"{100 * mfu:.0f}%"}
+    session.bar.set_postfix(words, refresh=False)
+    if session.bar.disable and not session.launch.quiet and jax.process_index() == 0:
+        left = (config.train.steps - number) * timing["step_seconds_p50"]
+        logging.info("step %d/%d  %s  %.0f s left", number, config.train.steps,
+                     "  ".join(f"{key} {value}" for key, value in words.items()), left)
+
+
+def resident_bytes() -> int:
+    """This process's resident memory, where the device doesn't count its own (CPU on Linux); 0 if unknown."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _evaluate(session: Session, state: TrainState, number: int) -> dict[str, dict[str, float]]:
+    config, layout = session.program.config, session.program.layout
+    rows = config.train.batch_size // config.train.microbatches
+    results = {}
+
+    def put(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        sharding = layout.batch(("batch", "length"))
+        return {name: jax.make_array_from_callback(batch[name].shape, sharding, lambda i, a=batch[name]: a[i])
+                for name in BATCH_FIELDS}
+
+    with session.clock.measure("evaluating"):
+        for validation in config.data.validation:
+            batches = evaluation_batches(session.data.validation[validation.name], rows, validation.max_rows)
+            result = evaluate(session.nll, state.params, batches, put, session.data.tokenizer.token_bytes_V)
+            results[validation.name] = result
+            if session.recorder:
+                session.recorder.evaluation(number, validation.name, result)
+            logging.info("step %d  %s: loss %.4f +- %.4f nats/token, perplexity %.2f, %.4f bits/byte", number, validation.name,
+                         result["loss"], result["se"], result["perplexity"], result["bits_per_byte"])
+    return results
+
+
+def _sample(session: Session, state: TrainState, number: int) -> str:
+    """A sample continued from `train.sample_prompt`, to TensorBoard and the caller."""
+    config, tokenizer = session.program.config, session.data.tokenizer
+    prompt = config.train.sample_prompt
+    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+    new_tokens = min(SAMPLE_TOKENS, config.model.max_len - len(prompt_ids))
+    if new_tokens < 1 or jax.process_count() > 1:
+        return ""
+    with session.clock.measure("evaluating"):
+        engine = Engine(session.program.model, Sampling(temperature=0.7, top_p=0.95), tokenizer.eos_id)
+        generated = engine.generate(state.params, [prompt_ids], new_tokens, jax.random.key(number))
+    text = prompt + tokenizer.decode(generated.token_ids[0])
+    if session.recorder:
+        session.recorder.text(number, "sample", text)
+    return text
+
+
+def _save(session: Session, state: TrainState, number: int) -> None:
+    with session.clock.measure("saving"):
+        session.checkpointer.save(state, {"sample": number * session.program.config.train.batch_size})
+    _note(session, "saved", number)
+
+
+def _finish(session: Session, state: TrainState, start: int) -> dict[str, Any]:
+    """The last evaluation, the sample, and result.json, written last."""
+    config, program, clock = session.program.config, session.program, session.clock
+    steps_done = config.train.steps
+    session.bar.close()
+    evaluations = _evaluate(session, state, steps_done)
+    text = _sample(session, state, steps_done) if config.train.sample_every else ""
+    with clock.measure("saving"):
+        session.checkpointer.wait()
+    first = evaluations[config.data.validation[0].name] if config.data.validation else None
+    seconds = clock.total()
+    tokens = steps_done * program.tokens_per_step
+    trained = (steps_done - start) * program.tokens_per_step  # by this launch, as its clock
+    here = trained / max(clock.get("training") + clock.get("data_wait"), 1e-9)
+    result = {
+        "schema": SCHEMA_VERSION, "status": "finished", "steps": steps_done, "samples": steps_done * config.train.batch_size,
+        "tokens": tokens, "flops": tokens * program.flops_per_token, "params": program.model.param_counts(),
+        "final_eval": evaluations, "final_eval_loss": first["loss"] if first else None,
+        "final_eval_loss_se": first["se"] if first else None, "bits_per_byte": first["bits_per_byte"] if first else None,
+        "tokens_per_second": here, "mfu": here * program.flops_per_token / session.peak_flops,
+        "goodput": {name: round(value, 3) for name, value in clock.seconds.items()},
+        "chip_seconds": seconds * jax.device_count(), **hardware_costs(seconds * jax.device_count()),
+        "corpus_sha256": session.data.corpus_hash, "params_sha256": params_sha256(state.params), "sample": text,
+    }
+    if session.recorder:
+        final = {"train/final_eval_loss": first["loss"], "train/bits_per_byte": first["bits_per_byte"]} if first else {}
+        session.recorder.hparams(config, run_name(config, session.launch.preset), final)
+        for name, value in final.items():
+            session.recorder.scalar(steps_done, name, value)
+        session.recorder.flush()
+        write_result(session.workdir, result)
+    _note(session, "finished", steps_done, final_eval_loss=result["final_eval_loss"])
+    return result
+
+
+def hardware_costs(chip_seconds: float) -> dict[str, Any]:
+    """Money at the list price and energy from half to all of the rated power; None where the chip has no such figure."""
+    chip = hardware.chip_of(jax.devices()[0])
+    hours = chip_seconds / 3600
+    cost = chip.price_per_hour and {"value": chip.price_per_hour * hours, "low": 0.0, "high": chip.price_per_hour * hours}
+    energy = chip.power_watts and {"value": 0.75 * chip.power_watts * hours / 1e3, "low": 0.5 * chip.power_watts * hours / 1e3,
+                                   "high": chip.power_watts * hours / 1e3}
+    return {"cost": cost or None, "energy_kwh": energy or None}

@@ -1,0 +1,150 @@
+"""What a run tells: one row a logged step as JSON lines, the same in TensorBoard, and where its seconds went."""
+
+import contextlib
+import math
+import os
+import time
+from typing import Any, Iterator, Mapping
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
+
+from research.config import difference, flatten
+from research.schema import METRICS_PREFIX, Config
+from research.training.workdir import Parts, truncate_rows
+
+# Columns of a metrics row -> TensorBoard tag; what isn't here keeps its name.
+TAGS = {"loss": "train/loss", "loss_se": "train/loss_se", "accuracy": "train/accuracy", "objective": "train/objective",
+        "lr": "train/lr", "grad_norm": "norms/grad", "param_norm": "norms/param", "update_norm": "norms/update",
+        "tokens_per_second": "speed/tokens_per_second", "mfu": "speed/mfu", "data_wait_share": "speed/data_wait_share",
+        "step_seconds_p50": "speed/step_seconds_p50", "step_seconds_p95": "speed/step_seconds_p95",
+        "device_bytes": "memory/device_bytes", "tokens": "progress/tokens", "flops": "progress/flops",
+        "samples": "progress/samples", "weight": "train/counted_tokens"}
+NORMS = {"grad_norm/": "norms_by_stage/grad/", "param_norm/": "norms_by_stage/param/", "update_norm/": "norms_by_stage/update/"}
+
+
+def run_name(config: Config, preset: Config) -> str:
+    """The preset's name and the fields that differ from it: `quickstart,lr=0.003,steps=200`."""
+    changed = [path for path, (ours, _) in difference(config, preset).items() if path != "name" and ours is not None]
+    ours = flatten(config)
+    last = [path.rsplit(".", 1)[-1] for path in changed]
+    words = [f"{path if last.count(name) > 1 else name}={ours[path]}" for path, name in zip(changed, last)]
+    return ",".join([config.name, *words])
+
+
+def tag_of(name: str) -> str:
+    if name in TAGS:
+        return TAGS[name]
+    for prefix, tag in NORMS.items():
+        if name.startswith(prefix):
+            return tag + name.removeprefix(prefix)
+    return name if "/" in name else f"train/{name}"
+
+
+class Recorder:
+    """Writes rows from `start_step` on; rows of later steps (an interrupted run's) are dropped first, so none shows twice."""
+
+    def __init__(self, workdir: epath.Path, start_step: int):
+        truncate_rows(workdir, METRICS_PREFIX, start_step)
+        self._parts = Parts(workdir, METRICS_PREFIX)
+        self._board = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1 if start_step else None, flush_secs=20)
+
+    def hparams(self, config: Config, name: str, final: Mapping[str, float] | None = None) -> None:
+        """The run's settings for TensorBoard's hparams tab, under `name`, with the final metrics once there are some."""
+        settings = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(config).items()}
+        metrics = final if final is not None else {"train/loss": math.nan}
+        for summary in hparams({"run": name, **settings}, dict(metrics)):
+            self._board.file_writer.add_summary(summary)
+        if final is None:
+            lines = "\n".join(f"    {key} = {value}" for key, value in settings.items())
+            self._board.add_text("config", f"**{name}**\n\n{lines}", 0)
+
+    def row(self, step: int, row: Mapping[str, Any]) -> None:
+        """A training row: JSON, and scalars against steps, the loss also against tokens and petaFLOPs."""
+        clean = {key: finite(value) for key, value in row.items()}
+        self._parts.write({"step": step, **clean})
+        for key, value in clean.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(tag_of(key), value, step)
+        if isinstance(clean["loss"], float):
+            self._board.add_scalar("train/loss_by_tokens", clean["loss"], row["tokens"])
+            self._board.add_scalar("train/loss_by_petaflops", clean["loss"], int(row["flops"] / 1e15))
+
+    def evaluation(self, step: int, name: str, result: Mapping[str, float]) -> None:
+        self._parts.write({"step": step, "set": name, **{key: finite(value) for key, value in result.items()}})
+        for key in ("loss", "se", "perplexity", "bits_per_byte"):
+            self._board.add_scalar(f"eval_{name}/{key}", result[key], step)
+
+    def scalar(self, step: int, tag: str, value: float) -> None:
+        self._board.add_scalar(tag, value, step)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self._board.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+
+    def flush(self) -> None:
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a number that isn't finite is written as its name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class Clock:
+    """Seconds by category (monotonic); nested categories count for the inner one only."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._stack: list[str] = []
+        self._since = time.monotonic()
+
+    def _charge(self) -> None:
+        now = time.monotonic()
+        if self._stack:
+            top = self._stack[-1]
+            self.seconds[top] = (self.seconds[top] if top in self.seconds else 0.0) + now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def measure(self, category: str) -> Iterator[None]:
+        self._charge()
+        self._stack.append(category)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._stack.pop()
+
+    def total(self) -> float:
+        self._charge()
+        return sum(self.seconds.values())
+
+    def get(self, category: str) -> float:
+        self._charge()
+        return self.seconds[category] if category in self.seconds else 0.0
+
+
+class Speed:
+    """Step times since the last logged row: their median and 95th percentile, and the share spent waiting for data."""
+
+    def __init__(self):
+        self.steps: list[float] = []
+        self.waits: list[float] = []
+
+    def add(self, seconds: float, wait: float) -> None:
+        self.steps.append(seconds)
+        self.waits.append(wait)
+
+    def take(self) -> dict[str, float]:
+        steps, waits = np.array(self.steps), np.array(self.waits)
+        self.steps, self.waits = [], []
+        return {"step_seconds_p50": float(np.median(steps)), "step_seconds_p95": float(np.percentile(steps, 95)),
+                "data_wait_share": float(waits.sum() / max(steps.sum(), 1e-9)), "seconds": float(steps.sum()),
+                "steps": len(steps)}
