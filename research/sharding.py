@@ -39,15 +39,17 @@ class Rules:
 
 
 _BATCH = ("data", "fsdp", "expert")  # experts' devices hold different rows outside the MoE layers
+_ROWS = {"batch": _BATCH, "expert_batch": _BATCH}  # expert_batch: rows where the expert axis is there too, inside MoE
 _ZERO3 = {"embed": ("fsdp",)}
 _TENSOR = {axis: ("tensor",) for axis in ("vocab", "heads", "kv_heads", "mlp", "state")}
 
 RULES = {
-    "dp": Rules({}, {"batch": _BATCH}, rest="data"),
-    "fsdp": Rules(_ZERO3, {"batch": _BATCH}, rest="fsdp"),
-    "fsdp_tp": Rules(_ZERO3 | _TENSOR, {"batch": _BATCH} | _TENSOR, rest="fsdp"),
-    "ep": Rules(_ZERO3 | {"expert": ("expert",)}, {"batch": _BATCH, "expert": ("expert",)}, rest="fsdp"),
-    "cp": Rules(_ZERO3, {"batch": _BATCH, "length": ("context",)}, rest="fsdp"),
+    "dp": Rules({}, _ROWS, rest="data"),
+    "fsdp": Rules(_ZERO3, _ROWS, rest="fsdp"),
+    "fsdp_tp": Rules(_ZERO3 | _TENSOR, _ROWS | _TENSOR, rest="fsdp"),
+    "ep": Rules(_ZERO3 | {"expert": ("expert",)},
+                {"batch": _BATCH, "expert_batch": ("data", "fsdp"), "expert": ("expert",)}, rest="fsdp"),
+    "cp": Rules(_ZERO3, _ROWS | {"length": ("context",)}, rest="fsdp"),
 }
 
 

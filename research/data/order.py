@@ -10,7 +10,7 @@ def bits(count: int, *key: str | int) -> np.ndarray:
 
     Philox's raw output is part of numpy's compatibility promise; the methods of `Generator` aren't.
     """
-    digest = hashlib.sha256(repr(key).encode("utf-8", "backslashreplace")).digest()
+    digest = hashlib.sha256("\0".join(map(str, key)).encode("utf-8", "surrogateescape")).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "big")).random_raw(count)
 
 

@@ -18,7 +18,7 @@ from research.errors import InputError
 
 _ROOT = "rung"  # the distribution whose core requirements are read
 _SKIPPED_DIRECTORIES = frozenset(
-    ("test", "tests", "idle_test", "idlelib_test", "site-packages", "dist-packages", "__pycache__"))
+    ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
 
 
 @dataclasses.dataclass(frozen=True)

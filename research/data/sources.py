@@ -1,5 +1,6 @@
 """The one table of sources. A new source is its file and one row here; the tests' battery then covers it."""
 
+import dataclasses
 import typing
 from typing import Any, Mapping
 
@@ -29,8 +30,9 @@ def make_source(name: str, args: Mapping[str, Any]) -> DocumentSource:
             raise InputError(f"args.{key}", f"unknown argument of {name}", nearest(key, list(hints)))
         if isinstance(value, str) and typing.get_origin(hints[key]) is tuple:
             values[key] = (value,)
-    if name == "text" and "paths" not in values:
-        raise InputError("args.paths", "missing", "name the files: data.sources.0.args.paths=FILE")
+    for field in dataclasses.fields(SOURCES[name]):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise InputError(f"args.{field.name}", f"missing, and {name} has no default for it", "give a value")
     try:
         return SOURCES[name](**values)
     except InputError as error:

@@ -1,12 +1,14 @@
 """The `synthetic` source: text from a seed, without any file; what a model should reach on it is known."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import numpy as np
 
 from research.config import Natural, Node, Positive
-from research.data import documents, order
+from research.data import order
+from research.data.documents import Document, combine
 from research.errors import InputError
 
 ALPHABET = "abcdefghijklmno "
@@ -42,21 +44,25 @@ class Synthetic(Node):
     def document_id(self, index: int) -> str:
         return f"{self.kind}/{range(self.documents)[index]:09d}"
 
-    def document(self, index: int) -> documents.Document:
+    def document(self, index: int) -> Document:
         name = self.document_id(index)
         nibbles = _nibbles(self.length, "synthetic", self.seed, name)
         if self.kind == "copy":
             half = "".join(ALPHABET[n] for n in nibbles[: (self.length - 1) // 2] % 15)
-            return documents.Document(name, f"{half}={half}".ljust(self.length))
-        successors = [order.permutation(16, "chain", self.seed, state)[:4].tolist() for state in range(16)]
+            return Document(name, f"{half}={half}".ljust(self.length))
         text, state = [], int(nibbles[-1])
         for nibble in nibbles.tolist():
-            state = successors[state][_CHOICE[nibble]]
+            state = self._successors[state][_CHOICE[nibble]]
             text.append(ALPHABET[state])
-        return documents.Document(name, "".join(text))
+        return Document(name, "".join(text))
+
+    @functools.cached_property
+    def _successors(self) -> list[list[int]]:
+        """The four characters that may follow each, the most likely first."""
+        return [order.permutation(16, "chain", self.seed, state)[:4].tolist() for state in range(16)]
 
     def fingerprint(self) -> str:
-        return documents.combine(["synthetic-1", str(self.documents), str(self.length), self.kind, str(self.seed)])
+        return combine(["synthetic-1", str(self.documents), str(self.length), self.kind, str(self.seed)])
 
 
 def _nibbles(count: int, *key: str | int) -> np.ndarray:

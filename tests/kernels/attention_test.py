@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -159,23 +160,18 @@ def values_and_gradients(fn, arrays: dict, shape: tuple[int, ...]):
         y = fn(arrays)
         return jnp.sum(y * cotangent.astype(y.dtype)), y
 
-    gradients, y = jax.grad(scalar, has_aux=True)(arrays)
+    gradients, y = jax.jit(jax.grad(scalar, has_aux=True))(arrays)
     return jax.tree.map(np.asarray, (y, gradients))
 
 
-ORACLES: dict[str, tuple] = {}
-
-
+@functools.cache
 def oracle_of(name: str):
     """Computed once, shared by the implementations."""
-    if name not in ORACLES:
-        arrays, rest = arguments(CASES[name])
-        shape = (*arrays["q"].shape[:3], arrays["v"].shape[-1])
-        with jax.enable_x64(True):
-            in_64 = {key: jnp.asarray(x, jnp.float64) for key, x in arrays.items()}
-            ORACLES[name] = values_and_gradients(lambda a: oracle(a, rest), in_64, shape)
-            assert ORACLES[name][0].dtype == np.float64
-    return ORACLES[name]
+    arrays, rest = arguments(CASES[name])
+    shape = (*arrays["q"].shape[:3], arrays["v"].shape[-1])
+    with jax.enable_x64(True):
+        in_64 = {key: jnp.asarray(x, jnp.float64) for key, x in arrays.items()}
+        return values_and_gradients(lambda a: oracle(a, rest), in_64, shape)
 
 
 @pytest.fixture
@@ -189,6 +185,7 @@ def small_chunks(monkeypatch):
 def test_matches_the_oracle(name, implementation, small_chunks):
     arrays, rest = arguments(CASES[name])
     expected = oracle_of(name)
+    assert expected[0].dtype == np.float64
     y, gradients = values_and_gradients(lambda a: run(a, rest, implementation), arrays, expected[0].shape)
     assert y.dtype == np.float32
     np.testing.assert_allclose(y, expected[0], rtol=2e-5, atol=2e-5)

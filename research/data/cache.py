@@ -1,0 +1,128 @@
+"""Documents tokenised once, as flat files: ids of all documents in a row, where each starts, and their names."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Iterator
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from research.data import documents, storage
+from research.data.documents import DocumentSource
+from research.data.tokenizer import Tokenizer
+from research.errors import InputError
+
+SPLITS = ("train", "validation")
+_FORMAT = "1"
+_META = "meta.json"
+_BATCH_CHARACTERS = 4_000_000  # of text in memory at once
+_BATCH_DOCUMENTS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+    """One split. Document d is `<s>`, its tokens, `</s>`: tokens_T[offsets_D1[d] : offsets_D1[d + 1]].
+
+    Attributes:
+      tokens_T: uint16 (uint32 for vocabularies above 65536), mapped from disk.
+      offsets_D1: int64, one more than there are documents.
+      text_bytes: bytes of text in UTF-8.
+      path: its directory.
+    """
+
+    tokens_T: np.ndarray
+    offsets_D1: np.ndarray
+    text_bytes: int
+    path: pathlib.Path
+
+    @functools.cached_property
+    def document_ids(self) -> list[str]:
+        return json.loads((self.path / "documents.json").read_text(encoding="utf-8"))
+
+
+def token_cache(
+    source: DocumentSource, tokenizer: Tokenizer, holdout: float, cache_dir: str, quiet: bool = False
+) -> dict[str, TokenCache]:
+    """{"train": ..., "validation": ...}, from disk, or made there first.
+
+    The key is what decides the contents: source, tokenizer and `holdout` (documents.split). Files that don't match
+    their digests are made anew. Two processes may do this at once.
+
+    Raises:
+      InputError: the source has no documents, or the directory can't be written.
+    """
+    key = documents.combine([_FORMAT, source.fingerprint(), tokenizer.fingerprint(), repr(float(holdout))])
+    path = storage.cache_root(cache_dir) / f"tokens-{key[:24]}"
+    if not _valid(path):
+        if not len(source):
+            raise InputError("data.sources", "there are no documents", "correct the source's arguments")
+        with storage.building(path, _valid) as build:
+            _tokenise(source, tokenizer, holdout, build, quiet)
+    return {name: _open(path / name, _dtype(tokenizer)) for name in SPLITS}
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _tokenise(source: DocumentSource, tokenizer: Tokenizer, holdout: float, build: pathlib.Path, quiet: bool) -> None:
+    lengths: dict[str, list[int]] = {name: [] for name in SPLITS}
+    names: dict[str, list[str]] = {name: [] for name in SPLITS}
+    text_bytes = dict.fromkeys(SPLITS, 0)
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name in SPLITS:
+            (build / name).mkdir()
+            files[name] = stack.enter_context(open(build / name / "tokens.bin", "wb"))
+        bar = stack.enter_context(
+            tqdm(total=len(source), desc="tokenising", unit="doc", disable=quiet or None, dynamic_ncols=True))
+        for batch in _batches(source):
+            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
+                side = documents.split(document.id, holdout)
+                whole = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(_dtype(tokenizer))
+                files[side].write(whole.tobytes())
+                lengths[side].append(len(whole))
+                names[side].append(document.id)
+                text_bytes[side] += len(document.text.encode("utf-8"))
+            bar.update(len(batch))
+    digests = {}
+    for name in SPLITS:
+        np.concatenate(([0], np.cumsum(lengths[name], dtype=np.int64))).astype("<i8").tofile(build / name / "offsets.bin")
+        (build / name / "documents.json").write_text(json.dumps(names[name]), encoding="utf-8")
+        (build / name / "text_bytes.json").write_text(json.dumps(text_bytes[name]), encoding="utf-8")
+        for file in sorted((build / name).iterdir()):
+            digests[f"{name}/{file.name}"] = storage.file_digest(file)
+    (build / _META).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    logging.info("tokenised %d documents: %d tokens to train on, %d held out", len(source), sum(lengths["train"]),
+                 sum(lengths["validation"]))
+
+
+def _batches(source: DocumentSource) -> Iterator[list[documents.Document]]:
+    batch, size = [], 0
+    for i in range(len(source)):
+        batch.append(source.document(i))
+        size += len(batch[-1].text)
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _valid(path: pathlib.Path) -> bool:
+    try:
+        digests = json.loads((path / _META).read_text(encoding="utf-8"))
+        return all(storage.file_digest(path / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _open(path: pathlib.Path, dtype: np.dtype) -> TokenCache:
+    offsets_D1 = np.fromfile(path / "offsets.bin", "<i8")
+    # An empty file can't be mapped.
+    tokens_T = np.memmap(path / "tokens.bin", dtype, mode="r") if offsets_D1[-1] else np.zeros(0, dtype)
+    return TokenCache(tokens_T, offsets_D1, json.loads((path / "text_bytes.json").read_text(encoding="utf-8")), path)

@@ -1,0 +1,94 @@
+"""Batches for the loop: read ahead on threads (Grain) while the devices compute. Its only state is a sample number."""
+
+from typing import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from research.data.mixture import Mixture
+from research.data.packing import Row, Rows, padding_row
+from research.errors import InputError
+
+TRAINING_FIELDS = ("tokens", "targets", "weights", "positions", "segment_ids")
+_ENDLESS = 1 << 40  # steps
+
+
+class Loader:
+    """An endless iterator of this process's part of each global batch.
+
+    A batch is a dict tokens_BxL, targets_BxL, positions_BxL, segment_ids_BxL (int32), weights_BxL (float32) of arrays
+    of shape (M, B / M / P, L): M microbatches, P processes. Sample j of a global batch of B goes to microbatch
+    j // (B / M), in which each process takes one contiguous part, so that the global arrays don't depend on P.
+
+    Args:
+      rows: of each source (packing.make_rows).
+      weights: of each source (mixture.Mixture).
+      seed: of the order.
+      batch_size: B, over all processes and microbatches.
+      microbatches: M.
+      process_index, process_count: which part; P = process_count.
+      start_sample: the first sample's number; what `next_sample` was, to resume.
+      threads, prefetch: how many threads read ahead, and how many batches.
+
+    Raises:
+      InputError: B can't be divided so, a source has no rows.
+    """
+
+    def __init__(
+        self, rows: Sequence[Rows], weights: Sequence[float], seed: int, batch_size: int, microbatches: int = 1,
+        process_index: int = 0, process_count: int = 1, start_sample: int = 0, threads: int = 2, prefetch: int = 8,
+    ):
+        if batch_size < 1 or batch_size % (microbatches * process_count):
+            raise InputError("train.batch_size", f"{batch_size} can't be divided into {microbatches} microbatches over "
+                             f"{process_count} processes", f"choose a multiple of {microbatches * process_count}")
+        if len({source.seq_len for source in rows}) > 1:
+            raise ValueError("sources of rows of different lengths")
+        self._rows, self._mixture = rows, Mixture(weights, [len(source) for source in rows], seed)
+        self._batch_size, self._microbatches = batch_size, microbatches
+        self._local = batch_size // microbatches // process_count
+        self._offset = process_index * self._local
+        self._start = start_sample
+        self.next_sample = start_sample
+        steps = grain.MapDataset.range(_ENDLESS).map(self._batch)
+        self._batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches)
+        self.next_sample += self._batch_size
+        return batch
+
+    def close(self) -> None:
+        """Stops reading ahead. Closing twice is no error."""
+        self._batches.close()
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        first = self._start + step * self._batch_size + self._offset
+        per_microbatch = self._batch_size // self._microbatches
+        rows = []
+        for microbatch in range(self._microbatches):
+            for i in range(self._local):
+                source, row = self._mixture.sample(first + microbatch * per_microbatch + i)
+                rows.append(self._rows[source][row])
+        shape = (self._microbatches, self._local, -1)
+        return {f"{name}_BxL": stacked.reshape(shape) for name, stacked in _stack(rows, TRAINING_FIELDS).items()}
+
+
+def evaluation_batches(rows: Rows, batch_size: int, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """The first `limit` rows (all by default), in order, as (batch_size, L) arrays; the last batch is filled with padding.
+
+    Beside the training fields a batch has document_index_BxL (int32, -1 in padding), for errors over documents.
+    Every process is given the whole batch.
+    """
+    count = len(rows) if limit is None else min(limit, len(rows))
+    for begin in range(0, count, batch_size):
+        taken = [rows[i] for i in range(begin, min(begin + batch_size, count))]
+        taken += [padding_row(rows.seq_len)] * (batch_size - len(taken))
+        stacked = _stack(taken, (*TRAINING_FIELDS, "document_index"))
+        yield {f"{name}_BxL": value for name, value in stacked.items()}
+
+
+def _stack(rows: Sequence[Row], names: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[f"{name}_L"] for row in rows]) for name in names}

@@ -1,0 +1,33 @@
+"""What every test process needs before JAX starts: four CPU devices, a compilation cache, and the spikes in MIXERS.
+
+RUNG_TEST_CACHE names the directory of compiled programs (default: under pytest's cache), so that a second run is quick.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+FLAG = "--xla_force_host_platform_device_count"
+os.environ.setdefault("XLA_FLAGS", "")
+if FLAG not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += f" {FLAG}=4"
+
+import jax  # noqa: E402  (after the flags)
+import pytest  # noqa: E402
+
+import tests.spikes  # noqa: E402, F401  (adds its rows to MIXERS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: left out of `make test`, run by `make test-all`")
+    directory = os.environ.get("RUNG_TEST_CACHE") or str(config.cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """The four CPU devices that the sharding tests use."""
+    found = jax.devices()
+    assert len(found) == 4, f"{len(found)} devices: XLA_FLAGS={os.environ['XLA_FLAGS']!r} was read too late"
+    return found

@@ -1,0 +1,1 @@
+"""Commands around a run: generate, inspect, and what the later rooms add."""
