@@ -2,7 +2,7 @@
 
 from typing import Callable
 
-from configs.quickstart import debug, quickstart
+from configs.quickstart import debug, quickstart, text
 from research.config import nearest
 from research.errors import InputError
 from research.schema import Config
@@ -10,6 +10,7 @@ from research.schema import Config
 PRESETS: dict[str, Callable[[], Config]] = {
     "debug": debug,
     "quickstart": quickstart,
+    "text": text,
 }
 
 

@@ -63,11 +63,11 @@ def _fail(error: InputError) -> None:
 
 
 def _quiet_logs() -> None:
-    """Our own INFO lines, short; of the libraries only warnings."""
+    """Our own lines, short; of the libraries only errors (Orbax warns of its own defaults at every start)."""
     handler = logging.get_absl_handler()
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ours = tuple(os.path.join(here, name) + os.sep for name in OURS)
-    handler.addFilter(lambda record: record.levelno >= 30 or record.pathname.startswith(ours))
+    handler.addFilter(lambda record: record.levelno >= 40 or record.pathname.startswith(ours))
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
     handler.use_absl_log_file = lambda *args: None

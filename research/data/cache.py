@@ -1,4 +1,4 @@
-"""Documents tokenised once, as flat files: ids of all documents in a row, where each starts, and their names."""
+"""Documents tokenised once, as flat files: the ids of all in a row, where each starts, and their names."""
 
 import contextlib
 import dataclasses
@@ -49,8 +49,8 @@ def token_cache(
 ) -> dict[str, TokenCache]:
     """{"train": ..., "validation": ...}, from disk, or made there first.
 
-    The key is what decides the contents: source, tokenizer and `holdout` (documents.split). Files that don't match
-    their digests are made anew. Two processes may do this at once.
+    The key is what decides the contents: source, tokenizer and `holdout` (documents.split). Files that don't
+    match their digests are made anew. Two processes may do this at once.
 
     Raises:
       InputError: the source has no documents, or the directory can't be written.
@@ -69,10 +69,13 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _tokenise(source: DocumentSource, tokenizer: Tokenizer, holdout: float, build: pathlib.Path, quiet: bool) -> None:
+def _tokenise(
+    source: DocumentSource, tokenizer: Tokenizer, holdout: float, build: pathlib.Path, quiet: bool
+) -> None:
     lengths: dict[str, list[int]] = {name: [] for name in SPLITS}
     names: dict[str, list[str]] = {name: [] for name in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)
+    dtype = _dtype(tokenizer)
     with contextlib.ExitStack() as stack:
         files = {}
         for name in SPLITS:
@@ -83,7 +86,7 @@ def _tokenise(source: DocumentSource, tokenizer: Tokenizer, holdout: float, buil
         for batch in _batches(source):
             for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
                 side = documents.split(document.id, holdout)
-                whole = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(_dtype(tokenizer))
+                whole = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id])).astype(dtype)
                 files[side].write(whole.tobytes())
                 lengths[side].append(len(whole))
                 names[side].append(document.id)
@@ -91,14 +94,15 @@ def _tokenise(source: DocumentSource, tokenizer: Tokenizer, holdout: float, buil
             bar.update(len(batch))
     digests = {}
     for name in SPLITS:
-        np.concatenate(([0], np.cumsum(lengths[name], dtype=np.int64))).astype("<i8").tofile(build / name / "offsets.bin")
+        offsets_D1 = np.concatenate(([0], np.cumsum(lengths[name], dtype=np.int64)))
+        offsets_D1.astype("<i8").tofile(build / name / "offsets.bin")
         (build / name / "documents.json").write_text(json.dumps(names[name]), encoding="utf-8")
         (build / name / "text_bytes.json").write_text(json.dumps(text_bytes[name]), encoding="utf-8")
         for file in sorted((build / name).iterdir()):
             digests[f"{name}/{file.name}"] = storage.file_digest(file)
     (build / _META).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-    logging.info("tokenised %d documents: %d tokens to train on, %d held out", len(source), sum(lengths["train"]),
-                 sum(lengths["validation"]))
+    logging.info("tokenised %d documents: %d tokens to train on, %d held out", len(source),
+                 *(sum(lengths[name]) for name in SPLITS))
 
 
 def _batches(source: DocumentSource) -> Iterator[list[documents.Document]]:
@@ -125,4 +129,5 @@ def _open(path: pathlib.Path, dtype: np.dtype) -> TokenCache:
     offsets_D1 = np.fromfile(path / "offsets.bin", "<i8")
     # An empty file can't be mapped.
     tokens_T = np.memmap(path / "tokens.bin", dtype, mode="r") if offsets_D1[-1] else np.zeros(0, dtype)
-    return TokenCache(tokens_T, offsets_D1, json.loads((path / "text_bytes.json").read_text(encoding="utf-8")), path)
+    text_bytes = json.loads((path / "text_bytes.json").read_text(encoding="utf-8"))
+    return TokenCache(tokens_T, offsets_D1, text_bytes, path)

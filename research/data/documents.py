@@ -1,4 +1,4 @@
-"""What every source gives: documents with names, a content fingerprint, and the rule that holds some of them out."""
+"""What every source gives: documents with names, a fingerprint of all, and the rule that holds some out."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ class Document:
 
 
 class DocumentSource(Protocol):
-    """Documents by index, in the order of their names. Pure: the same arguments and files give the same documents."""
+    """Documents by index, in the order of their names. Pure: same arguments and files, same documents."""
 
     def __len__(self) -> int: ...
 
@@ -37,12 +37,12 @@ def split(document_id: str, holdout: float) -> str:
 
 
 def subset_key(document_id: str) -> bytes:
-    """Sort by this to take an evenly spread subset. Salted: unsalted, a small subset would be all validation."""
+    """Sort by this for an evenly spread subset. Salted: unsalted, a small subset would be all validation."""
     return hashlib.sha256(b"subset:" + document_id.encode("utf-8", "surrogateescape")).digest()
 
 
 def combine(parts: Iterable[str]) -> str:
-    """sha256 (hex) of a list of texts; their lengths are hashed too, so that no two lists collide by joining."""
+    """sha256 (hex) of a list of texts; lengths are hashed too, so that no two lists collide by joining."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogateescape")

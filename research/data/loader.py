@@ -1,4 +1,4 @@
-"""Batches for the loop: read ahead on threads (Grain) while the devices compute. Its only state is a sample number."""
+"""Batches for the loop, read ahead on threads (Grain) while the devices work. Its state: a sample number."""
 
 from typing import Iterator, Sequence
 
@@ -16,9 +16,10 @@ _ENDLESS = 1 << 40  # steps
 class Loader:
     """An endless iterator of this process's part of each global batch.
 
-    A batch is a dict tokens_BxL, targets_BxL, positions_BxL, segment_ids_BxL (int32), weights_BxL (float32) of arrays
-    of shape (M, B / M / P, L): M microbatches, P processes. Sample j of a global batch of B goes to microbatch
-    j // (B / M), in which each process takes one contiguous part, so that the global arrays don't depend on P.
+    A batch is a dict tokens_BxL, targets_BxL, positions_BxL, segment_ids_BxL (int32), weights_BxL (float32)
+    of arrays of shape (M, B / M / P, L): M microbatches, P processes. Sample j of a global batch of B goes to
+    microbatch j // (B / M), in which each process takes one contiguous part, so that the global arrays don't
+    depend on P.
 
     Args:
       rows: of each source (packing.make_rows).
@@ -35,12 +36,14 @@ class Loader:
     """
 
     def __init__(
-        self, rows: Sequence[Rows], weights: Sequence[float], seed: int, batch_size: int, microbatches: int = 1,
-        process_index: int = 0, process_count: int = 1, start_sample: int = 0, threads: int = 2, prefetch: int = 8,
+        self, rows: Sequence[Rows], weights: Sequence[float], seed: int, batch_size: int,
+        microbatches: int = 1, process_index: int = 0, process_count: int = 1, start_sample: int = 0,
+        threads: int = 2, prefetch: int = 8,
     ):
         if batch_size < 1 or batch_size % (microbatches * process_count):
-            raise InputError("train.batch_size", f"{batch_size} can't be divided into {microbatches} microbatches over "
-                             f"{process_count} processes", f"choose a multiple of {microbatches * process_count}")
+            raise InputError(
+                "train.batch_size", f"{batch_size} can't be divided into {microbatches} microbatches over "
+                f"{process_count} processes", f"choose a multiple of {microbatches * process_count}")
         if len({source.seq_len for source in rows}) > 1:
             raise ValueError("sources of rows of different lengths")
         self._rows, self._mixture = rows, Mixture(weights, [len(source) for source in rows], seed)
@@ -50,7 +53,8 @@ class Loader:
         self._start = start_sample
         self.next_sample = start_sample
         steps = grain.MapDataset.range(_ENDLESS).map(self._batch)
-        self._batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._batches = iter(steps.to_iter_dataset(ahead))
 
     def __iter__(self) -> "Loader":
         return self
@@ -73,14 +77,17 @@ class Loader:
                 source, row = self._mixture.sample(first + microbatch * per_microbatch + i)
                 rows.append(self._rows[source][row])
         shape = (self._microbatches, self._local, -1)
-        return {f"{name}_BxL": stacked.reshape(shape) for name, stacked in _stack(rows, TRAINING_FIELDS).items()}
+        stacked = _stack(rows, TRAINING_FIELDS)
+        return {f"{name}_BxL": value.reshape(shape) for name, value in stacked.items()}
 
 
-def evaluation_batches(rows: Rows, batch_size: int, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-    """The first `limit` rows (all by default), in order, as (batch_size, L) arrays; the last batch is filled with padding.
+def evaluation_batches(
+    rows: Rows, batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The first `limit` rows (default: all), in order, as (batch_size, L) arrays; the last one is filled up.
 
-    Beside the training fields a batch has document_index_BxL (int32, -1 in padding), for errors over documents.
-    Every process is given the whole batch.
+    Beside the training fields a batch has document_index_BxL (int32, -1 in padding), for errors over
+    documents. Every process is given the whole batch.
     """
     count = len(rows) if limit is None else min(limit, len(rows))
     for begin in range(0, count, batch_size):

@@ -17,9 +17,9 @@ BLOCK = 1024  # samples
 class Mixture:
     """An endless order over several sources of rows.
 
-    Samples come in blocks. A block has a whole number of each source's rows: by largest remainder, and what rounding
-    gives or takes is carried to the next block, so that shares of a long run are exact. Its order is shuffled.
-    Each source's rows come in epochs, each a new permutation of all its rows.
+    Samples come in blocks. A block has a whole number of each source's rows: by largest remainder, and what
+    rounding gives or takes is carried to the next block, so that shares of a long run are exact. Its order is
+    shuffled. Each source's rows come in epochs, each a new permutation of all its rows.
 
     Args:
       weights: shares of the sources; they need not sum to one.
@@ -32,25 +32,27 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float], lengths: Sequence[int], seed: int):
         if not lengths or len(weights) != len(lengths):
-            raise InputError("data.sources", f"{len(lengths)} sources and {len(weights)} weights", "give each a weight")
+            raise InputError("data.sources", f"{len(lengths)}, with {len(weights)} weights", "give each one")
         for i, (weight, length) in enumerate(zip(weights, lengths)):
             if not (weight > 0 and math.isfinite(weight)):
-                raise InputError(f"data.sources.{i}.weight", f"{weight} is not above 0", "leave the source out instead")
+                raise InputError(f"data.sources.{i}.weight", f"{weight} is not above 0",
+                                 "leave the source out instead")
             if length < 1:
-                raise InputError(f"data.sources.{i}", "has no rows to train on", "give it longer or more documents")
-        # A float is a fraction with a power of two below, so whole numbers in the same ratio exist: exact sums.
+                raise InputError(f"data.sources.{i}", "has no rows to train on", "give it more documents")
+        # A float is a fraction with a power of two below: whole numbers in the same ratio exist, exactly.
         ratios = [fractions.Fraction(weight) for weight in weights]
         common = math.lcm(*(ratio.denominator for ratio in ratios))
         self._units = [int(ratio * common) for ratio in ratios]
         self._lengths, self._seed = tuple(lengths), seed
-        self._before: list[tuple[int, ...]] = [(0,) * len(lengths)]  # samples of each source before each block
+        # Samples of each source before each block, as far as it was asked for.
+        self._before: list[tuple[int, ...]] = [(0,) * len(lengths)]
         self._carry = [0] * len(lengths)
         # Readers ahead may be an epoch ahead: two a source.
         self._epoch = functools.lru_cache(maxsize=2 * len(lengths))(order.permutation)
         self._lock = threading.Lock()
 
     def sample(self, index: int) -> tuple[int, int]:
-        """(source number, row number) of sample `index` (0, 1, ...). Pure; may be called from several threads."""
+        """(source number, row number) of sample `index` (0, 1, ...). Pure; several threads may call it."""
         block, place = divmod(index, BLOCK)
         before, after = self._counts(block), self._counts(block + 1)
         source_J, rank_J = _block(tuple(b - a for a, b in zip(before, after)), self._seed, block)
@@ -68,9 +70,10 @@ class Mixture:
 
     def _next_block(self) -> list[int]:
         total = sum(self._units)
-        due = [carry + BLOCK * units for carry, units in zip(self._carry, self._units)]  # in 1/total of a sample
+        # In units of 1/total of a sample.
+        due = [carry + BLOCK * units for carry, units in zip(self._carry, self._units)]
         counts = [max(0, amount // total) for amount in due]
-        # A source that was rounded up may be owed less than nothing now, so the sum can be off to either side.
+        # A source that was rounded up may be owed less than nothing now: the sum can be off to either side.
         while (missing := BLOCK - sum(counts)) != 0:
             owed = [amount - count * total for amount, count in zip(due, counts)]
             if missing > 0:
@@ -83,7 +86,7 @@ class Mixture:
 
 @functools.lru_cache(maxsize=16)
 def _block(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """source_J and rank_J: of each place in the block, its source and how many of that source came before it here."""
+    """source_J, rank_J: of each place in the block, its source and how many of that source came before."""
     source_J = np.repeat(np.arange(len(counts)), counts)[order.permutation(BLOCK, "block", seed, block)]
     rank_J = np.zeros(BLOCK, np.int64)
     for source, count in enumerate(counts):

@@ -1,9 +1,9 @@
 """Documents to rows of equal length; a row is a pure function of its number.
 
-A row is a dict of arrays of length L: tokens_L, targets_L, positions_L, segment_ids_L, document_index_L (int32) and
-weights_L (float32). targets are the tokens one place on; weights are 0 where there is no target in the same document.
-segment_ids count from 1 in each row, 0 is padding. positions restart at 0 with each document and each row.
-document_index is the document's number in the cache, -1 for padding.
+A row is a dict of arrays of length L: tokens_L, targets_L, positions_L, segment_ids_L, document_index_L
+(int32) and weights_L (float32). targets are the tokens one place on; weights are 0 where there is no target
+in the same document. segment_ids count from 1 in each row, 0 is padding. positions restart at 0 with each
+document and each row. document_index is the document's number in the cache, -1 for padding.
 """
 
 from typing import Protocol, Sequence
@@ -30,8 +30,9 @@ class Rows(Protocol):
 def make_rows(cache: TokenCache, seq_len: int, packed: bool, seed: int) -> Rows:
     """Rows of `seq_len` over all documents of the cache, which come in an order that `seed` decides.
 
-    packed: the documents are joined to one stream and row r reads stream[r L : r L + L + 1]; else each document has rows of
-    its own, the last one padded. Either way each token is a target exactly once, but for each document's first.
+    packed: the documents are joined to one stream and row r reads stream[r L : r L + L + 1]; else each
+    document has rows of its own, the last one padded. Either way each token is a target exactly once, but for
+    each document's first.
     """
     return (PackedRows if packed else SeparateRows)(cache, seq_len, seed)
 
@@ -88,7 +89,7 @@ class SeparateRows:
 
 
 class SpreadRows:
-    """At most `limit` rows, evenly spread over several `parts`; document numbers count on from part to part."""
+    """At most `limit` rows, evenly spread over `parts`; document numbers count on from part to part."""
 
     def __init__(self, parts: Sequence[Rows], documents: Sequence[int], limit: int):
         self.seq_len = parts[0].seq_len
@@ -131,8 +132,8 @@ def _row(cache: TokenCache, spans: Sequence[tuple[int, int, int]], seq_len: int)
         row["positions_L"][here] = np.arange(size)
         row["segment_ids_L"][here] = segment
         row["document_index_L"][here] = document
-        # Each token but the span's first is the target of the place before it; a span starts a document or a row, so
-        # that its first token is a document's <s> (no target) or was the last target of the row before.
+        # Each token but the span's first is the target of the place before it. A span starts a document or a
+        # row: its first token is a document's <s>, no target, or was the last target of the row before.
         targets = slice(place, place + len(tokens_S) - 1)
         row["targets_L"][targets] = tokens_S[1:]
         row["weights_L"][targets] = 1.0

@@ -29,7 +29,8 @@ class Prepared:
       train: rows of each source; `weights` are their shares (loader.Loader takes both).
       validation: name of the set -> at most `max_rows` rows, evenly spread over it.
       corpus_hash: sha256 (hex) over the contents of the training sources, held-out documents included.
-      train_tokens, train_bytes: of one pass over the training documents; tokens count <s> and </s>, bytes are of text.
+      train_tokens, train_bytes: of one pass over the training documents; tokens count <s> and </s>, bytes are
+        of text.
     """
 
     tokenizer: Tokenizer
@@ -51,8 +52,8 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
       quiet: no progress bars.
 
     Raises:
-      InputError: any bad input, by its field: an unknown source or argument, a missing file, an empty corpus or split, a
-        vocabulary larger than the corpus fills, a cache directory that can't be written.
+      InputError: any bad input, by its field: an unknown source or argument, a missing file, an empty corpus
+        or split, a vocabulary larger than the corpus fills, a cache directory that can't be written.
     """
     sources = _make_sources(data.sources, "data.sources")
     fingerprints = [source.fingerprint() for source in sources]
@@ -63,7 +64,8 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
     for i, cache in enumerate(caches):
         train.append(make_rows(cache["train"], data.seq_len, data.packed, seed))
         if not len(train[-1]):
-            raise InputError(f"data.sources.{i}", "every document is held out", "give more documents or lower data.holdout")
+            raise InputError(f"data.sources.{i}", "every document is held out",
+                             "give more documents or lower data.holdout")
     validation = {}
     for i, wanted in enumerate(data.validation):
         if wanted.sources:
@@ -73,10 +75,13 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
             parts = [cache["validation"] for cache in caches]
         validation[wanted.name] = _validation_rows(data, parts, wanted.max_rows)
         if not len(validation[wanted.name]):
-            raise InputError("data.holdout", f"{data.holdout} holds out no document for the set {wanted.name!r}",
-                             "raise it, split the text into more documents, or set data.validation in the preset")
-    prepared = Prepared(tokenizer, tuple(train), tuple(source.weight for source in data.sources), validation, corpus_hash,
-                        sum(len(cache["train"].tokens_T) for cache in caches), sum(c["train"].text_bytes for c in caches))
+            raise InputError(
+                "data.holdout", f"{data.holdout} holds out no document for the set {wanted.name!r}",
+                "raise it, split the text into more documents, or set data.validation in the preset")
+    prepared = Prepared(
+        tokenizer, tuple(train), tuple(source.weight for source in data.sources), validation, corpus_hash,
+        train_tokens=sum(len(cache["train"].tokens_T) for cache in caches),
+        train_bytes=sum(cache["train"].text_bytes for cache in caches))
     logging.info("corpus %s: %.1f MB to train on, %.1fM tokens of %s, %d rows of %d", corpus_hash[:12],
                  prepared.train_bytes / 1e6, prepared.train_tokens / 1e6, tokenizer.name,
                  sum(len(rows) for rows in train), data.seq_len)
@@ -109,18 +114,19 @@ def _validation_rows(data: DataConfig, parts: Sequence[TokenCache], max_rows: in
 def _tokenizer(
     data: DataConfig, vocab_size: int, sources: Sequence[DocumentSource], corpus_hash: str, quiet: bool
 ) -> Tokenizer:
-    """A tokenizer without training, or a vocabulary trained on the training documents and kept in the cache."""
+    """One that needs no training, or a vocabulary trained on the training documents and kept in the cache."""
     name, size = parse_spec(data.tokenizer, vocab_size)
     if name == "bytes":
         return TOKENIZERS[name]()
     shares = [source.weight / sum(s.weight for s in data.sources) for source in data.sources]
-    key = documents.combine([corpus_hash, repr(shares), repr(data.holdout), str(size), str(TOKENIZER_SAMPLE_BYTES),
-                             subwords.OPTIONS_KEY])
+    key = documents.combine([corpus_hash, repr(shares), repr(data.holdout), str(size),
+                             str(TOKENIZER_SAMPLE_BYTES), subwords.OPTIONS_KEY])
     path = storage.cache_root(data.cache_dir) / f"tokenizer-{key[:24]}"
     if not _loads(path):
         with storage.building(path, _loads) as build:
             logging.info("training a vocabulary of %d on at most %.0f MB", size, TOKENIZER_SAMPLE_BYTES / 1e6)
-            bar = tqdm(desc=f"vocabulary of {size}", unit="B", unit_scale=True, disable=quiet or None, dynamic_ncols=True)
+            bar = tqdm(desc=f"vocabulary of {size}", unit="B", unit_scale=True, disable=quiet or None,
+                       dynamic_ncols=True)
             with bar:
                 texts = _sample(sources, shares, data.holdout, bar)
                 TOKENIZERS[name].train(texts, size).save(build)
@@ -135,7 +141,9 @@ def _loads(path: pathlib.Path) -> bool:
     return True
 
 
-def _sample(sources: Sequence[DocumentSource], shares: Sequence[float], holdout: float, bar: tqdm) -> Iterator[str]:
+def _sample(
+    sources: Sequence[DocumentSource], shares: Sequence[float], holdout: float, bar: tqdm
+) -> Iterator[str]:
     """Training documents, evenly spread over each source, up to its share of TOKENIZER_SAMPLE_BYTES."""
     for source, share in zip(sources, shares):
         left = share * TOKENIZER_SAMPLE_BYTES

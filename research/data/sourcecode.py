@@ -23,14 +23,15 @@ _SKIPPED_DIRECTORIES = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class SourceCode(Node):
-    """Every *.py of the standard library (without its tests) and of this project's installed core requirements.
+    """Every *.py of the standard library, without its tests, and of this project's installed requirements.
 
-    About 12 MB of standard library and 60 MB of packages. Files that are empty, not UTF-8 or a copy of another are left
-    out. Names are "stdlib/json/decoder.py", "jax/_src/core.py".
+    About 12 MB of standard library and 100 MB of packages; extras don't count as requirements. Files that are
+    empty, not UTF-8 or a copy of another are left out. Names are "stdlib/json/decoder.py",
+    "jax/_src/core.py".
 
     Attributes:
-      max_bytes: stop once this many bytes are taken, in the order of a hash of the names: an evenly spread subset, and
-        a smaller one is part of a larger one. None takes all.
+      max_bytes: stop once this many bytes are taken, in the order of a hash of the names: an evenly spread
+        subset, and a smaller one is part of a larger one. None takes all.
       packages: whether to read the packages, not the standard library alone.
 
     Raises:
@@ -55,7 +56,8 @@ class SourceCode(Node):
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        return documents.combine(["sourcecode", *(part for name, _, digest in self._files for part in (name, digest))])
+        parts = [part for name, _, digest in self._files for part in (name, digest)]
+        return documents.combine(["sourcecode", *parts])
 
     @functools.cached_property
     def _files(self) -> tuple[tuple[str, pathlib.Path, str], ...]:
@@ -107,11 +109,11 @@ def _packages() -> dict[str, pathlib.Path]:
 
 
 def _requirements(root: str) -> list[str]:
-    """Installed distributions that `root` needs, directly or not, without itself and without its extras; sorted."""
+    """Installed distributions that `root` needs, directly or not, without itself and its extras; sorted."""
     try:
         importlib.metadata.distribution(root)
     except importlib.metadata.PackageNotFoundError:
-        raise InputError("packages", f"the distribution {root!r} isn't installed, so its requirements aren't known",
+        raise InputError("packages", f"{root!r} isn't installed, so its requirements aren't known",
                          "run `pip install -e .` in the project, or set packages to false") from None
     waiting, done = [(canonicalize_name(root), "")], set()
     while waiting:
@@ -126,5 +128,6 @@ def _requirements(root: str) -> list[str]:
         done.add((name, extra))
         for requirement in map(Requirement, requirements):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                waiting += [(canonicalize_name(requirement.name), e) for e in ("", *sorted(requirement.extras))]
+                found = canonicalize_name(requirement.name)
+                waiting += [(found, wanted) for wanted in ("", *sorted(requirement.extras))]
     return sorted({name for name, _ in done} - {canonicalize_name(root)})

@@ -15,11 +15,11 @@ SOURCES: dict[str, type] = {"sourcecode": SourceCode, "text": Text, "synthetic":
 
 
 def make_source(name: str, args: Mapping[str, Any]) -> DocumentSource:
-    """The source of that name; its arguments are the fields of its class in `SOURCES`. One text serves for a list.
+    """The source of that name; its arguments are the fields of its class. One text serves for a list.
 
     Raises:
-      InputError: an unknown name or argument, a missing one, a value of the wrong type; the field is relative to the
-        source's config node.
+      InputError: an unknown name or argument, a missing one, a value of the wrong type; the field is relative
+        to the source's config node.
     """
     if name not in SOURCES:
         raise InputError("name", f"unknown source {name!r}", nearest(name, list(SOURCES)))
@@ -32,7 +32,7 @@ def make_source(name: str, args: Mapping[str, Any]) -> DocumentSource:
             values[key] = (value,)
     for field in dataclasses.fields(SOURCES[name]):
         if field.default is dataclasses.MISSING and field.name not in values:
-            raise InputError(f"args.{field.name}", f"missing, and {name} has no default for it", "give a value")
+            raise InputError(f"args.{field.name}", f"missing; {name} has no default for it", "give a value")
     try:
         return SOURCES[name](**values)
     except InputError as error:

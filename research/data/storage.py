@@ -1,4 +1,4 @@
-"""Directories in the cache: built aside, checked, and put in place in one rename, so that two processes can build at once."""
+"""Directories in the cache: built aside and put in place in one rename: two processes may build at once."""
 
 import contextlib
 import errno
@@ -26,7 +26,8 @@ def cache_root(cache_dir: str) -> pathlib.Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError("data.cache_dir", f"can't make {cache_dir} ({error.strerror})", "choose another directory") from None
+        raise InputError("data.cache_dir", f"can't make {cache_dir} ({error.strerror})",
+                         "choose another directory") from None
     if not os.access(root, os.W_OK):
         raise InputError("data.cache_dir", f"{cache_dir} can't be written", "choose another directory")
     return root
@@ -47,7 +48,7 @@ def file_digest(path: pathlib.Path) -> str:
 def building(path: pathlib.Path, valid: Callable[[pathlib.Path], bool]) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `path`, which becomes `path` when the block ends without an error.
 
-    If another process was first and its directory is `valid`, theirs stays and ours goes; a broken one is replaced.
+    If another process was first and its directory is `valid`, theirs stays; a broken one is replaced.
     """
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

@@ -1,4 +1,4 @@
-"""The `sentencepiece` tokenizer: byte-pair encoding (Sennrich et al. 2016) by SentencePiece (Kudo and Richardson 2018).
+"""`sentencepiece`: byte-pair encoding (Sennrich et al. 2016) by SentencePiece (Kudo and Richardson 2018).
 
 Lossless, which SentencePiece's defaults are not: no normalisation, no collapsed or added white space, unknown
 characters as bytes, and its own stand-in for the space (U+2581) kept apart from the space.
@@ -21,21 +21,23 @@ _SPACE = "\u2581"  # SentencePiece's stand-in for the space inside pieces
 _LONGEST = 1 << 20  # characters encoded at once; longer texts are cut after a newline where there is one
 _OPTIONS = {
     "model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False, "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
-    "character_coverage": 0.9999, "max_sentence_length": 1 << 20, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS,
-    "unk_id": UNK, "pad_piece": SPECIALS[PAD], "bos_piece": SPECIALS[BOS], "eos_piece": SPECIALS[EOS],
-    "unk_piece": SPECIALS[UNK], "control_symbols": [SPECIALS[MASK]],
-    # Training is deterministic with one thread, and no slower by much: its time goes to a part that has only one.
+    "add_dummy_prefix": False, "byte_fallback": True, "split_digits": True, "character_coverage": 0.9999,
+    "allow_whitespace_only_pieces": True, "max_sentence_length": 1 << 20,
+    "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK, "control_symbols": [SPECIALS[MASK]],
+    "pad_piece": SPECIALS[PAD], "bos_piece": SPECIALS[BOS], "eos_piece": SPECIALS[EOS],
+    "unk_piece": SPECIALS[UNK],
+    # Deterministic with one thread, and hardly slower: the time goes to a part that has only one.
     "num_threads": 1, "hard_vocab_limit": False, "minloglevel": 2,
 }
-OPTIONS_KEY = f"sentencepiece {sentencepiece.__version__} {sorted(_OPTIONS.items())}"  # for the key of a cached model
+# For the key of a cached model.
+OPTIONS_KEY = f"sentencepiece {sentencepiece.__version__} {sorted(_OPTIONS.items())}"
 
 
 class SentencePieceTokenizer:
     """A trained vocabulary; see `tokenizer.Tokenizer` for the interface.
 
-    Pieces keep runs of spaces and a line's end with what comes before it; digits stand alone; "<s>" in a text is three
-    characters, never the special.
+    Pieces keep runs of spaces and a line's end with what comes before it; digits stand alone; "<s>" in a text
+    is three characters, never the special.
     """
 
     name = "sentencepiece"
@@ -60,7 +62,7 @@ class SentencePieceTokenizer:
         """Trains on all of `texts`; the same texts give the same model, bit for bit.
 
         Raises:
-          InputError: the texts can't fill so large a vocabulary, or have too many characters for so small a one.
+          InputError: the texts can't fill so large a vocabulary, or their characters are too many for it.
         """
         field, wanted = "data.tokenizer", f"a vocabulary of {vocab_size}"
         model = io.BytesIO()
@@ -73,7 +75,7 @@ class SentencePieceTokenizer:
                 raise InputError(field, f"{wanted} is too small for the characters of the corpus",
                                  resize(int(small[1]), "more")) from None
             if "sentences_.empty()" in str(error):
-                raise InputError(field, "the corpus has no text to train on", "give data.sources some text") from None
+                raise InputError(field, "there is no text to train on", "give data.sources text") from None
             raise
         tokenizer = cls(model.getvalue())
         if tokenizer.vocab_size < vocab_size:
@@ -114,7 +116,9 @@ class SentencePieceTokenizer:
         if self._processor.is_control(i) or self._processor.is_unknown(i):
             return b""
         piece = self._processor.id_to_piece(i)
-        return bytes([int(piece[3:-1], 16)]) if self._processor.is_byte(i) else piece.replace(_SPACE, " ").encode("utf-8")
+        if self._processor.is_byte(i):  # "<0x41>"
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace(_SPACE, " ").encode("utf-8")
 
 
 def resize(size: int, direction: str) -> str:
@@ -141,7 +145,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """A few lines at a time, with their ends. The trainer refuses tabs, NUL and its two marks; they stay bytes."""
+    """A few lines at a time, with their ends. The trainer refuses tabs, NUL, its own marks: left to bytes."""
     for text in texts:
         for run in re.split("[\t\0\u2581\u2585]+", text):
             for start in range(0, len(run), 1 << 16):

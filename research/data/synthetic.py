@@ -24,8 +24,9 @@ class Synthetic(Node):
     Attributes:
       documents: how many.
       length: characters in each (at least 3 for "copy").
-      kind: "markov": an order-1 chain over 16 characters, the loss that can be reached is MARKOV_BITS a character;
-        "copy": random letters, "=", the same letters again (padded with " " where the length is even).
+      kind: "markov": an order-1 chain over 16 characters, the loss that can be reached is MARKOV_BITS a
+        character; "copy": random letters, "=", the same letters again (padded with " " where the length is
+        even).
       seed: of the chain and of the texts.
     """
 
@@ -68,4 +69,5 @@ class Synthetic(Node):
 def _nibbles(count: int, *key: str | int) -> np.ndarray:
     """`count` uniform integers in [0, 16)."""
     words = order.bits(count // 16 + 1, *key)
-    return (words[:, None] >> np.arange(0, 64, 4, dtype=np.uint64) & np.uint64(15)).reshape(-1)[:count].astype(np.int64)
+    nibbles = words[:, None] >> np.arange(0, 64, 4, dtype=np.uint64) & np.uint64(15)
+    return nibbles.reshape(-1)[:count].astype(np.int64)

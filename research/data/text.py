@@ -20,12 +20,12 @@ _BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
 
 @dataclasses.dataclass(frozen=True)
 class Text(Node):
-    """Documents from text files. Names are paths relative to the files' common directory, "#" and a number after it.
+    """Documents from text files. Names are paths from the files' common directory, then "#" and a number.
 
     Attributes:
       paths: files or globs ("**" crosses directories), absolute or relative to the working directory.
-      split_on: what ends a document: "file", "blank_line" (one or more), or "line". The separator and documents of
-        white space alone are left out.
+      split_on: what ends a document: "file", "blank_line" (one or more), or "line". The separator and
+        documents of white space alone are left out.
 
     Raises:
       InputError: a path that matches no file, a directory, a file that isn't UTF-8.
@@ -76,11 +76,12 @@ class Text(Node):
                 raise InputError(field, f"no file matches {pattern!r}", "correct the path or the glob")
             found.update(files)
         root = os.path.commonpath([os.path.dirname(path) for path in found])
-        return tuple(sorted((pathlib.Path(path).relative_to(root).as_posix(), pathlib.Path(path)) for path in found))
+        paths = [pathlib.Path(path) for path in found]
+        return tuple(sorted((path.relative_to(root).as_posix(), path) for path in paths))
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where each document is: file_D, number_D within its file, and its byte range start_D, stop_D; all int64."""
+        """Each document's file_D, number_D within its file, and byte range start_D, stop_D; all int64."""
         parts = []
         for i, (name, path) in enumerate(self._files):
             content = path.read_bytes()
@@ -90,7 +91,7 @@ class Text(Node):
                 raise InputError("paths", f"{name} isn't UTF-8 (byte {error.start})",
                                  "convert it: iconv -f OLD -t utf-8") from None
             self._digests[path] = hashlib.sha256(content).hexdigest()
-            spans = [(a, b) for a, b in _spans(content, self.split_on) if not content[a:b].isspace() and b > a]
+            spans = [(a, b) for a, b in _spans(content, self.split_on) if content[a:b].strip()]
             parts += [(i, number, a, b) for number, (a, b) in enumerate(spans)]
         table_Dx4 = np.array(parts, np.int64).reshape(-1, 4)
         return tuple(table_Dx4.T.copy())

@@ -8,10 +8,13 @@ PAD, BOS, EOS, UNK, MASK = range(5)
 DESCRIPTION, MODEL = "tokenizer.json", "tokenizer.model"
 
 
-def save_model(directory: str | pathlib.Path, name: str, vocab_size: int, fingerprint: str, model: bytes) -> None:
+def save_model(
+    directory: str | pathlib.Path, name: str, vocab_size: int, fingerprint: str, model: bytes
+) -> None:
     """Writes tokenizer.json and tokenizer.model into `directory`, made if needed."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MODEL).write_bytes(model)
-    description = {"name": name, "vocab_size": vocab_size, "specials": list(SPECIALS), "fingerprint": fingerprint}
+    description = {"name": name, "vocab_size": vocab_size, "specials": list(SPECIALS),
+                   "fingerprint": fingerprint}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

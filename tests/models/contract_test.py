@@ -9,9 +9,11 @@ import pytest
 
 from research.models import mixers
 from research.params import Declared
+from research.training.flops import count_flops
 from tests.models.cases import CASES, DIM, FLAT, Case
 from tests.models.harness import (QUICK, Layout, apply, assert_close, context, declared, jitted, make_params, memory_of, random,
                                   reads_memory, statistics_of, step_through, with_memory)
+from tests.spikes.pallas_scale import KERNEL
 
 every_case = pytest.mark.parametrize("case", FLAT.values(), ids=FLAT.keys())
 exact_cases = pytest.mark.parametrize("case", [c for c in FLAT.values() if c.exact],
@@ -182,13 +184,13 @@ def test_state_is_described(case: Case):
 @every_case
 def test_flops_are_the_jaxpr_s(case: Case):
     """What the config says without a mask is what the forward pass multiplies, per token."""
-    flops = pytest.importorskip("research.training.flops")
     cfg = case.cfg
     layout = Layout((((1, LENGTH),),) * 2)
     ctx = context(layout)
     if reads_memory(cfg):  # the config assumes a memory as long as the row
         ctx = ctx.replace(memory_BxSxD=random(2, LENGTH, DIM), memory_segment_ids_BxS=ctx.segment_ids_BxL)
-    counted = flops.count_flops(functools.partial(apply, cfg), make_params(cfg), random(2, LENGTH, DIM), ctx)
+    counted = count_flops(functools.partial(apply, cfg), make_params(cfg), random(2, LENGTH, DIM), ctx,
+                          pallas_flops={KERNEL: 0.0})
     expected = mixers.row(cfg).module.flops(cfg, DIM, LENGTH, causal=False) + case.extra_flops
     assert counted / (2 * LENGTH) == pytest.approx(expected, rel=1e-9)
 

@@ -1,5 +1,6 @@
 """Small models for the tests of research/models/lm.py, and what is run on them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from research.models.context import Context
 from research.models.heads import token_loss
 from research.models.lm import LanguageModel, read_aux
 from research.models.mlp import GatedMlp
+from research.params import unflatten
 from research.schema import ModelConfig, Stage
 from tests.models.harness import QUICK, Layout, context
 from tests.spikes.moe import Moe
@@ -29,12 +31,13 @@ def make_model(*stages: Stage, heads: tuple[str, ...] = (), **fields: Any) -> La
     return LanguageModel(ModelConfig(vocab_size=VOCAB, dim=DIM, stages=stages, max_len=16, **fields), heads)
 
 
+@functools.cache
 def generic_params(model: LanguageModel, seed: int = 0) -> dict:
-    """`init`, moved off its zeros and ones, so that every weight matters."""
-    params = model.init(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
+    """Weights of the right sizes without zeros and ones, so that each matters; made from the declarations, uncompiled."""
     noise = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [leaf + 0.1 * noise.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    return unflatten({
+        path: jnp.asarray(noise.normal(size=w.shape) / np.sqrt(w.fan_in) + 0.5 * (w.role == "vector"), jnp.float32)
+        for path, w in model.weights.items()})
 
 
 def random_tokens(batch: int, length: int = LENGTH, seed: int = 0) -> np.ndarray:
