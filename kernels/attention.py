@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.varying import vary_alike
+
 MASK_KINDS = ("causal", "bidirectional", "prefix")
 REFERENCE_MAX_SCORES = 1024 * 1024  # L*S up to which all scores at once are faster than a loop over chunks
 QUERY_CHUNK = 256  # queries whose scores are alive at one time in `chunked`
@@ -151,7 +153,7 @@ def chunked(
         return join(dq_NxBxCxHxK), dk, dv, dslopes, None
 
     run.defvjp(forward, backward)
-    return run(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H, context)
+    return run(*vary_alike(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H), context)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked}

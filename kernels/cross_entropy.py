@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.varying import vary_alike
+
 MAX_CHUNK_LOGITS = 2**27  # float32 logits alive at one time: half a GiB
 
 
@@ -22,7 +24,6 @@ class Rule(NamedTuple):
     softcap: float | None
     z_loss: float
     chunk: int
-    shards: tuple[int, int]
 
 
 def logits(
@@ -87,16 +88,11 @@ def chunked(
 
     @jax.custom_vjp
     def run(hidden, unembedding, targets, weights):
-        (loss_sum,), (nll, correct) = _over_shards(
-            _forward_only, hidden, unembedding, targets, weights, rule
-        )
-        return loss_sum, nll, correct
+        return _forward_only(hidden, unembedding, targets, weights, rule)
 
     def forward(hidden, unembedding, targets, weights):
-        (loss_sum, dunembedding), (nll, correct, dhidden) = _over_shards(
-            _with_gradients, hidden, unembedding, targets, weights, rule
-        )
-        return (loss_sum, nll, correct), (dhidden, dunembedding.astype(unembedding.dtype))
+        results, (dhidden, dunembedding) = _with_gradients(hidden, unembedding, targets, weights, rule)
+        return results, (dhidden, dunembedding.astype(unembedding.dtype))
 
     def backward(gradients, cotangents):
         dloss_sum = cotangents[0]  # nll and correct carry no gradient
@@ -104,33 +100,8 @@ def chunked(
         return dhidden, dunembedding, None, None
 
     run.defvjp(forward, backward)
+    hidden_BxLxD, unembedding_DxV = vary_alike(hidden_BxLxD, unembedding_DxV)
     return run(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL)
-
-
-def _over_shards(fn, hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule: Rule):
-    """`fn`, which returns (sums, values by token), on each of shards[0] * shards[1] blocks of the tokens.
-
-    Were there one running sum for all devices, the compiler would have to add it up across them in every
-    chunk; with one for each block, it does so once, here at the end.
-    """
-    B, L = targets_BxL.shape
-    P, Q = rule.shards
-
-    def split(x_BxLx):
-        return x_BxLx.reshape(P, B // P, Q, L // Q, *x_BxLx.shape[2:])
-
-    def join(x_PxbxQxlx):
-        return x_PxbxQxlx.reshape(B, L, *x_PxbxQxlx.shape[4:])
-
-    def block(hidden, targets, weights):
-        return fn(hidden, unembedding_DxV, targets, weights, rule)
-
-    if (P, Q) == (1, 1):
-        return block(hidden_BxLxD, targets_BxL, weights_BxL)
-    # Sums come back as PxQ..., values as PxbxQxl..., which is how B and L lie in memory.
-    blocks = jax.vmap(jax.vmap(block, in_axes=1, out_axes=(0, 1)))
-    sums, values = blocks(split(hidden_BxLxD), split(targets_BxL), split(weights_BxL))
-    return tuple(jnp.sum(x, axis=(0, 1)) for x in sums), tuple(join(x) for x in values)
 
 
 def _split(x_BxLx: jax.Array, chunk: int) -> jax.Array:
@@ -145,7 +116,7 @@ def _join(x_NxBxCx: jax.Array, length: int) -> jax.Array:
 
 
 def _forward_only(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule: Rule):
-    """((loss_sum,), (nll_BxL, correct_BxL))"""
+    """(loss_sum, nll_BxL, correct_BxL)"""
     unembedding_DxV = unembedding_DxV.astype(hidden_BxLxD.dtype)  # once, not in every chunk
 
     def body(chunk):
@@ -154,11 +125,11 @@ def _forward_only(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule:
 
     scores = jax.lax.map(body, (_split(hidden_BxLxD, rule.chunk), _split(targets_BxL, rule.chunk)))
     nll_BxL, lse_BxL, correct_BxL = (_join(x, targets_BxL.shape[1]) for x in scores)
-    return (_total(nll_BxL, lse_BxL, weights_BxL, rule.z_loss),), (nll_BxL, correct_BxL)
+    return _total(nll_BxL, lse_BxL, weights_BxL, rule.z_loss), nll_BxL, correct_BxL
 
 
 def _with_gradients(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule: Rule):
-    """((loss_sum, dunembedding_DxV in float32), (nll_BxL, correct_BxL, dhidden_BxLxD)): d of loss_sum."""
+    """The same, and its loss_sum's (dhidden_BxLxD in hidden's dtype, dunembedding_DxV in float32)."""
     dtype = hidden_BxLxD.dtype
     unembedding_DxV = unembedding_DxV.astype(dtype)  # once, not in every chunk
 
@@ -189,7 +160,7 @@ def _with_gradients(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rul
     dunembedding_DxV, results = jax.lax.scan(body, zeros_DxV, chunks)
     nll_BxL, lse_BxL, correct_BxL, dhidden_BxLxD = (_join(x, targets_BxL.shape[1]) for x in results)
     loss_sum = _total(nll_BxL, lse_BxL, weights_BxL, rule.z_loss)
-    return (loss_sum, dunembedding_DxV), (nll_BxL, correct_BxL, dhidden_BxLxD)
+    return (loss_sum, nll_BxL, correct_BxL), (dhidden_BxLxD, dunembedding_DxV)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]] = {
@@ -216,7 +187,6 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
-    shards: tuple[int, int] = (1, 1),
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted cross entropy of the next token, without holding the logits: (loss_sum, nll_BxL, correct_BxL).
@@ -230,8 +200,6 @@ def cross_entropy(
         own dtype, so hand over float32 parameters as they are.
       targets_BxL: int32. Where the weight is 0 a target may be any number. weights_BxL: float32.
       chunk: tokens of every row at a time, in `chunked`; None chooses by shape.
-      shards: over how many devices B and L are split. Given, `chunked` keeps one sum of the unembedding's
-        gradient for each block, and devices add theirs up once, not in every chunk. The values stay the same.
       implementation: a key of IMPLEMENTATIONS; None is `chunked`.
 
     Returns:
@@ -240,8 +208,10 @@ def cross_entropy(
         correct_BxL: bool, the target is the likeliest token.
 
     Raises:
-      ValueError: an unknown implementation, shapes that don't fit, a chunk below 1, a softcap not above 0, or
-        shards that don't divide B and L.
+      ValueError: an unknown implementation, shapes that don't fit, a chunk below 1, a softcap not above 0.
+
+    On several devices, call it where B and L are local (shard_map): there, the unembedding is gathered, and
+    its gradient summed over devices, once and not in every chunk.
 
     Sources: z loss: PaLM, Chowdhery et al. 2022, section 5. Soft cap: Gemma 2, 2024, section 2. Gradients in
     the forward pass: Liger kernels, Hsu et al. 2024.
@@ -260,12 +230,9 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: softcap {softcap} isn't above 0; None turns it off")
     if chunk is not None and chunk < 1:
         raise ValueError(f"cross_entropy: chunk {chunk} is below 1")
-    P, Q = shards
-    if P < 1 or Q < 1 or B % P or L % Q:
-        raise ValueError(f"cross_entropy: shards {shards} don't divide {B} rows of {L} tokens")
     name = "chunked" if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"cross_entropy: implementation {name!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    chunk = default_chunk(B // P, L // Q, V) if chunk is None else min(chunk, L // Q)
-    rule = Rule(logit_scale, softcap, z_loss, chunk, (P, Q))
+    chunk = default_chunk(B, L, V) if chunk is None else min(chunk, L)
+    rule = Rule(logit_scale, softcap, z_loss, chunk)
     return IMPLEMENTATIONS[name](hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule)

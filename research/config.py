@@ -8,6 +8,7 @@ those of the mixers beside each mixer.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from typing import Any, Mapping, Sequence
@@ -25,8 +26,8 @@ class Range:
     below: float | None = None
 
     def problem(self, value: float) -> str | None:
-        if value != value:
-            return "is not a number"
+        if not math.isfinite(value):
+            return "is not a finite number"
         for bound, bad, words in (
             (self.least, lambda b: value < b, "must be at least"),
             (self.most, lambda b: value > b, "must be at most"),
@@ -94,9 +95,11 @@ def _describe_type(annotation: Any) -> str:
         return " or ".join(_describe_type(a) for a in args)
     if origin is tuple:
         return f"a list of {_describe_type(args[0])}"
-    return {dict: "a table of values", int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
+    words = {dict: "a table of values", int: "a whole number", float: "a number", bool: "true or false", str: "text",
+             type(None): "none"}
+    if annotation in words:
+        return words[annotation]
+    return getattr(annotation, "__name__", str(annotation))
 
 
 def _check(annotation: Any, value: Any, field: str) -> Any:

@@ -1,6 +1,8 @@
-"""What every test process needs before JAX starts: four CPU devices, a compilation cache, and the spikes in MIXERS.
+"""What every test process needs before JAX starts: four CPU devices, a compilation cache, and the spikes in
+MIXERS.
 
-RUNG_TEST_CACHE names the directory of compiled programs (default: under pytest's cache), so that a second run is quick.
+RUNG_TEST_CACHE names the directory of compiled programs (default: under pytest's cache), so that a second run
+is quick.
 """
 
 import os

@@ -245,10 +245,14 @@ class LanguageModel:
         return counts
 
     def mixer_at(self, path: str) -> mixers.MixerConfig:
-        """The config of the mixer that owns the weight at `path` (`decoder/stage_0/moe_1/router`)."""
-        tower, stage, name = path.split("/")[:3]
+        """The config of the mixer that owns the weight at `path` (`decoder/stage_0/moe_1/router`), in Parallel, too."""
+        tower, stage, *names, _ = path.split("/")
         stages = self.cfg.encoder_stages if tower == "encoder" else self.cfg.stages
-        return dict(mixers.named(stages[int(stage.removeprefix("stage_"))].pattern))[name]
+        pattern = stages[int(stage.removeprefix("stage_"))].pattern
+        for name in names:
+            cfg = dict(mixers.named(pattern))[name]
+            pattern = cfg.mixers if isinstance(cfg, mixers.Parallel) else ()
+        return cfg
 
     def apply_statistics(self, params: Mapping, statistics: Mapping[str, jax.Array]) -> dict:
         """Weights that learn from statistics, not gradients (a MoE balancing bias), after a whole step's were summed.
@@ -266,15 +270,21 @@ class LanguageModel:
 def read_aux(aux: Mapping) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """aux of `hidden` -> (sum of the auxiliary losses, metrics, statistics by the path of the weight they are for)."""
     loss, metrics, statistics = jnp.float32(0.0), {}, {}
-    for stage, by_mixer in aux.items():
-        for mixer, entries in by_mixer.items():
-            for name, value in entries.items():
-                if name == "statistics":
-                    statistics |= {f"decoder/{stage}/{mixer}/{weight}": v for weight, v in value.items()}
-                    continue
+
+    def walk(path: str, entries: Mapping) -> None:
+        nonlocal loss
+        for name, value in entries.items():
+            if name == "statistics":
+                statistics.update({f"decoder/{path}/{weight}": v for weight, v in value.items()})
+            elif isinstance(value, Mapping):  # a mixer; within Parallel, one more
+                walk(f"{path}/{name}", value)
+            else:
                 if name.endswith("_loss"):
                     loss += jnp.sum(value)
-                metrics[f"{stage}/{mixer}/{name}"] = jnp.mean(value)
+                metrics[f"{path}/{name}"] = jnp.mean(value)
+
+    for stage, by_mixer in aux.items():
+        walk(stage, by_mixer)
     return loss, metrics, statistics
 
 

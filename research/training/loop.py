@@ -142,7 +142,7 @@ def _peak_flops(config: Config) -> float:
         return hardware.measured_cpu_peak() * jax.process_count()
     peaks = hardware.chip_of(device).peak_flops
     name = config.model.compute_dtype
-    return peaks[name if name in peaks else "bfloat16"] * jax.device_count()
+    return peaks[name if name in peaks else "bfloat16"] * hardware.chip_count(jax.devices())
 
 
 def _progress(config: Config, start: int, quiet: bool) -> tqdm:
@@ -351,7 +351,8 @@ def _finish(session: Session, state: TrainState, start: int) -> dict[str, Any]:
         "final_eval_loss_se": first["se"] if first else None, "bits_per_byte": first["bits_per_byte"] if first else None,
         "tokens_per_second": here, "mfu": here * program.flops_per_token / session.peak_flops,
         "goodput": {name: round(value, 3) for name, value in clock.seconds.items()},
-        "chip_seconds": seconds * jax.device_count(), **hardware_costs(seconds * jax.device_count()),
+        "chip_seconds": seconds * hardware.chip_count(jax.devices()),
+        **hardware_costs(seconds * hardware.chip_count(jax.devices())),
         "corpus_sha256": session.data.corpus_hash, "params_sha256": params_sha256(state.params), "sample": text,
     }
     if session.recorder:

@@ -141,7 +141,7 @@ BAD = [
     ("experiments.train", ["--config=debug", "--set=optim.b1=1.5"], "optim.b1: 1.5 must be below 1.0"),
     ("experiments.train", ["--config=debug", "--set=model.stages.0.pattern.0.heads=5"],
      "model.stages.0.pattern.0.heads: 5 does not divide dim=32"),
-    ("experiments.train", ["--config=debug", "--stes=2"], "--stes: unknown flag; did you mean set?"),
+    ("experiments.train", ["--config=debug", "--stes=2"], "--stes: unknown flag; did you mean set"),
     ("experiments.train", ["--config=debug", "--set=train.steps"], "--set: 'train.steps' is not KEY=VALUE"),
     ("experiments.train", ["--config=debug", "--prediction=nowhere.json"], "--prediction: nowhere.json does not exist"),
     ("experiments.train", ["--config=text"], "data.sources.0.args.paths: missing"),

@@ -295,11 +295,13 @@ def test_one_document_alone_gives_what_it_gives_packed(implementation, small_chu
     np.testing.assert_allclose(run(alone, cut, implementation), y[:, 19:], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_inside_shard_map_and_remat(implementation, small_chunks):
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("data")
-    case = Case((LONG, LONG), heads=4)
+def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, devices):
+    """Rows split over two devices; the slopes are whole on each, so their gradient is a sum."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:2])
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    case = Case((LONG, LONG), heads=4, alibi=True)
     arrays, rest = arguments(case)
     ids = {key: x for key, x in rest.items() if isinstance(x, np.ndarray)}
     static = {key: x for key, x in rest.items() if key not in ids}
@@ -308,7 +310,8 @@ def test_inside_shard_map_and_remat(implementation, small_chunks):
         fn = jax.checkpoint(lambda a: run(a, {**ids, **static}, implementation))
         return fn(arrays)
 
-    local = jax.shard_map(loss, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    specs = {key: whole if key == "alibi_slopes_H" else split for key in arrays}
+    local = jax.shard_map(loss, mesh=mesh, in_specs=(specs, split), out_specs=split, check_vma=check_vma)
     expected = jax.grad(lambda a: jnp.sum(run(a, rest, "reference") ** 2))(arrays)
     got = jax.jit(jax.grad(lambda a: jnp.sum(local(a, ids) ** 2)))(arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)

@@ -23,13 +23,12 @@ class Case:
     softcap: float | None = None
     z_loss: float = 0.0
     chunk: int | None = 4
-    shards: tuple[int, int] = (1, 1)
     magnitude: float = 1.0
     weights: str = "uneven"
 
     @property
     def options(self) -> dict:
-        return {key: getattr(self, key) for key in ("logit_scale", "softcap", "z_loss", "chunk", "shards")}
+        return {key: getattr(self, key) for key in ("logit_scale", "softcap", "z_loss", "chunk")}
 
 
 CASES = {
@@ -48,9 +47,6 @@ CASES = {
     "large logits": Case(magnitude=100.0),
     "no token counts": Case(weights="none"),
     "a row of padding": Case(weights="last row off"),
-    "shards of rows": Case(rows=4, shards=(2, 1), z_loss=0.1),
-    "shards of columns": Case(length=12, shards=(1, 3)),
-    "shards of both": Case(rows=4, length=10, shards=(2, 2), chunk=2, softcap=4.0),
 }
 TABLE = [(name, implementation) for name in CASES for implementation in IMPLEMENTATIONS]
 
@@ -96,9 +92,8 @@ def oracle_of(name: str):
 
 
 def run(arrays: dict, targets, weights, case: Case, implementation: str | None):
-    return cross_entropy(
-        arrays["hidden"], arrays["unembedding"], targets, weights, implementation=implementation, **case.options
-    )
+    hidden, unembedding = arrays["hidden"], arrays["unembedding"]
+    return cross_entropy(hidden, unembedding, targets, weights, implementation=implementation, **case.options)
 
 
 def values_and_gradients(fn, arrays: dict):
@@ -184,6 +179,31 @@ def test_float32_parameters_get_float32_gradients(implementation):
     np.testing.assert_allclose(gradient, np.tile([[-2 / 3, 1 / 3, 1 / 3]], (D, 1)) * L, rtol=2**-8)
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_inside_shard_map(implementation, check_vma, devices):
+    """Rows and columns split over four devices, the unembedding whole on each: its gradient is their sum."""
+    case = Case(rows=4, length=10, chunk=2, softcap=4.0, z_loss=0.1)
+    arrays, targets, weights = arguments(case)
+    mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tokens, whole = jax.sharding.PartitionSpec("data", "context"), jax.sharding.PartitionSpec()
+
+    def own(hidden, unembedding, targets, weights):
+        arrays = {"hidden": hidden, "unembedding": unembedding}
+        loss_sum, nll, correct = run(arrays, targets, weights, case, implementation)
+        return loss_sum[None, None], nll, correct
+
+    def everywhere(arrays):
+        loss_PxQ, nll, correct = jax.shard_map(
+            own, mesh=mesh, in_specs=(tokens, whole, tokens, tokens), out_specs=tokens, check_vma=check_vma
+        )(arrays["hidden"], arrays["unembedding"], targets, weights)
+        return loss_PxQ.sum(), nll, correct
+
+    expected = values_and_gradients(lambda a: run(a, targets, weights, case, "reference"), arrays)
+    got = values_and_gradients(everywhere, arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
 def equations(jaxpr) -> list:
     """Every equation anywhere in a jaxpr, nested ones included."""
     found = []
@@ -206,7 +226,7 @@ def program(implementation: str, differentiate: bool, length: int = 60) -> list:
 
 @pytest.mark.parametrize("differentiate, matmuls", [(False, 1), (True, 3)])
 def test_chunked_never_holds_the_logits(differentiate, matmuls):
-    """No value is larger than a chunk's logits, forward or backward; three products, one without gradients."""
+    """No value is larger than a chunk's logits, forward or backward; three products, one if no gradients."""
     found = program("chunked", differentiate)
     assert max(int(np.prod(v.aval.shape)) for eqn in found for v in eqn.outvars) == 3 * 4 * 50
     assert sum(eqn.primitive.name == "dot_general" for eqn in found) == matmuls
@@ -241,8 +261,6 @@ BAD = {
     "no such implementation": (dict(implementation="fused"), "reference, chunked"),
     "chunk 0": (dict(chunk=0), "chunk 0"),
     "softcap 0": (dict(softcap=0.0), "softcap"),
-    "shards don't divide": (dict(shards=(2, 3)), "shards"),
-    "no shards": (dict(shards=(0, 1)), "shards"),
     "weights of other length": (dict(weights_BxL=np.ones((2, 3))), "aren't BxLxD"),
     "width of another model": (dict(unembedding_DxV=np.ones((7, 13))), "aren't BxLxD"),
 }

@@ -1,4 +1,4 @@
-"""Small configs of every row of MIXERS, for the contract battery. A new mixer is added here, with its variants."""
+"""Small configs of every row of MIXERS, for the contract battery. A new mixer is added here."""
 
 import dataclasses
 
@@ -31,10 +31,12 @@ class Case:
     why: str = ""
 
 
-EVERY_EXPERT = "every expert runs on every token, in place of the top k; that form is for exactness, not for speed"
+EVERY_EXPERT = (
+    "every expert runs on every token, in place of the top k; that form is for exactness, not for speed"
+)
 # Gate, up and down of the experts that weren't chosen.
 MOE_EXTRA = 6.0 * DIM * 8 * (4 - 2)
-# Slots in place of chosen tokens: 4 experts * capacity 8 for 12 tokens * 2; and the dispatch and combine einsums.
+# Slots in place of chosen tokens: 4 experts * capacity 8 for 12 tokens * 2; dispatch and combine.
 CAPACITY_EXTRA = 6.0 * DIM * 8 * (4 * 8 / 12 - 2) + 2 * 2.0 * 4 * 8 * DIM
 
 CASES: dict[str, dict[str, Case]] = {
@@ -59,16 +61,28 @@ CASES: dict[str, dict[str, Case]] = {
         "relu_squared_bias": Case(Mlp(hidden=24, activation="relu_squared", bias=True), sideways=False),
     },
     "Moe": {
-        "shared": Case(Moe(experts=4, top_k=2, hidden=8, shared_hidden=8), sideways=False, extra_flops=MOE_EXTRA,
-                       why=EVERY_EXPERT),
-        "capacity": Case(Moe(experts=4, top_k=2, hidden=8, capacity_factor=1.25), sideways=False, exact=False,
-                         extra_flops=CAPACITY_EXTRA, why="a full expert drops tokens; empty slots are computed too"),
+        "shared": Case(
+            Moe(experts=4, top_k=2, hidden=8, shared_hidden=8),
+            sideways=False,
+            extra_flops=MOE_EXTRA,
+            why=EVERY_EXPERT,
+        ),
+        "capacity": Case(
+            Moe(experts=4, top_k=2, hidden=8, capacity_factor=1.25),
+            sideways=False,
+            exact=False,
+            extra_flops=CAPACITY_EXTRA,
+            why="a full expert drops tokens; empty slots are computed too",
+        ),
     },
     "PallasScale": {"blocks": Case(PallasScale(block=8), sideways=False)},
     "Parallel": {
         "attention_mlp": Case(Parallel((Attention(heads=2), GatedMlp(hidden=24)))),
-        "recurrence_moe": Case(Parallel((LinearRecurrence(width=12), Moe(experts=4, top_k=2, hidden=8))),
-                               extra_flops=MOE_EXTRA, why=EVERY_EXPERT),
+        "recurrence_moe": Case(
+            Parallel((LinearRecurrence(width=12), Moe(experts=4, top_k=2, hidden=8))),
+            extra_flops=MOE_EXTRA,
+            why=EVERY_EXPERT,
+        ),
     },
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},
 }

@@ -11,13 +11,28 @@ from research.models import mixers
 from research.params import Declared
 from research.training.flops import count_flops
 from tests.models.cases import CASES, DIM, FLAT, Case
-from tests.models.harness import (QUICK, Layout, apply, assert_close, context, declared, jitted, make_params, memory_of, random,
-                                  reads_memory, statistics_of, step_through, with_memory)
+from tests.models.harness import (
+    QUICK,
+    Layout,
+    apply,
+    assert_close,
+    context,
+    declared,
+    jitted,
+    make_params,
+    memory_of,
+    random,
+    reads_memory,
+    statistics_of,
+    step_through,
+    with_memory,
+)
 from tests.spikes.pallas_scale import KERNEL
 
 every_case = pytest.mark.parametrize("case", FLAT.values(), ids=FLAT.keys())
-exact_cases = pytest.mark.parametrize("case", [c for c in FLAT.values() if c.exact],
-                                      ids=[name for name, c in FLAT.items() if c.exact])
+exact_cases = pytest.mark.parametrize(
+    "case", [c for c in FLAT.values() if c.exact], ids=[name for name, c in FLAT.items() if c.exact]
+)
 
 LENGTH = 12
 ONE_DOCUMENT = Layout((((1, LENGTH),),) * (LENGTH + 1))
@@ -37,10 +52,15 @@ def test_every_row_has_a_case():
 
 @every_case
 def test_causal(case: Case):
-    """Row t of the batch has another token t: what comes before stays, the token itself changes, what comes after may."""
+    """Row t of the batch has another token t: what is before stays, the token itself changes."""
     x_TxLxD = np.tile(random(1, LENGTH, DIM), (LENGTH + 1, 1, 1))
     x_TxLxD[np.arange(LENGTH), np.arange(LENGTH)] += random(LENGTH, DIM, seed=1)
-    ctx = with_memory(case.cfg, context(ONE_DOCUMENT), ONE_DOCUMENT, np.tile(memory_of(ONE_DOCUMENT)[:1], (LENGTH + 1, 1, 1)))
+    ctx = with_memory(
+        case.cfg,
+        context(ONE_DOCUMENT),
+        ONE_DOCUMENT,
+        np.tile(memory_of(ONE_DOCUMENT)[:1], (LENGTH + 1, 1, 1)),
+    )
     y_TxLxD, _, _ = jitted(case.cfg, make_params(case.cfg), x_TxLxD, ctx)
     changed_TxL = np.abs(np.asarray(y_TxLxD[:-1] - y_TxLxD[-1:])).max(axis=-1)
     t, l = np.indices(changed_TxL.shape)
@@ -70,7 +90,7 @@ def value_and_grads(cfg, params, x, memory, ctx, probe):
 
 @exact_cases
 def test_packed_is_standalone(case: Case):
-    """A packed row gives the values and gradients of each of its documents alone; every weight gets a gradient."""
+    """A packed row gives the values and gradients of its documents alone; every weight learns."""
     cfg, params = case.cfg, make_params(case.cfg)
     x, probe, memory = random(2, LENGTH, DIM), random(2, LENGTH, DIM, seed=2), memory_of(PACKED)
     ctx = with_memory(cfg, context(PACKED), PACKED, memory)
@@ -83,10 +103,12 @@ def test_packed_is_standalone(case: Case):
         places = [place for place in places if len(place[1]) == length]
         cut = lambda array: np.stack([np.asarray(array)[b, columns] for b, columns, _ in places])
         cut_memory = lambda array: np.stack(
-            [np.asarray(array)[b, PACKED.memory_segment_ids_BxS[b] == s] for b, _, s in places])
+            [np.asarray(array)[b, PACKED.memory_segment_ids_BxS[b] == s] for b, _, s in places]
+        )
         alone_ctx = with_memory(cfg, context(alone, packed=False), alone, cut_memory(memory))
         y_alone, (d_params_alone, d_x_alone, d_memory_alone), some_statistics = value_and_grads(
-            cfg, params, cut(x), cut_memory(memory), alone_ctx, cut(probe))
+            cfg, params, cut(x), cut_memory(memory), alone_ctx, cut(probe)
+        )
         assert_close(cut(y), y_alone, what="values")
         assert_close(cut(d_x), d_x_alone, what="gradient of the input")
         assert_close(cut_memory(d_memory), d_memory_alone, what="gradient of the memory")
@@ -98,17 +120,21 @@ def test_packed_is_standalone(case: Case):
 
 
 def assert_every_weight_learns(d_params: dict, statistics: dict) -> None:
-    """By gradient or by statistics, never by both: an unused weight is a bug, and so is one that is moved twice."""
+    """By gradient or by statistics, never by both: an unused weight is a bug, one moved twice, too."""
     for path, grad in jax.tree_util.tree_leaves_with_path(d_params):
         keys = tuple(entry.key for entry in path)
         assert bool(np.any(np.asarray(grad) != 0)) != (keys in statistics), keys
 
 
-@pytest.mark.parametrize("case", [c for c in FLAT.values() if not c.exact], ids=lambda case: type(case.cfg).__name__)
+@pytest.mark.parametrize(
+    "case", [c for c in FLAT.values() if not c.exact], ids=lambda case: type(case.cfg).__name__
+)
 def test_inexact_weights_learn(case: Case):
     x, memory = random(2, LENGTH, DIM), memory_of(PACKED)
     ctx = with_memory(case.cfg, context(PACKED), PACKED, memory)
-    _, (d_params, _, _), statistics = value_and_grads(case.cfg, make_params(case.cfg), x, memory, ctx, random(2, LENGTH, DIM))
+    _, (d_params, _, _), statistics = value_and_grads(
+        case.cfg, make_params(case.cfg), x, memory, ctx, random(2, LENGTH, DIM)
+    )
     assert_every_weight_learns(d_params, statistics)
 
 
@@ -133,7 +159,9 @@ def test_parallel_is_prefill_is_steps(case: Case):
     x_compact = random(2, LENGTH, DIM, seed=5)
     for b in (0, 1):
         x_compact[b, COMPACT.segment_ids_BxL[b] != 0] = x[b, valid[b]]
-    y_compact, _, _ = jitted(cfg, params, x_compact, with_memory(cfg, context(COMPACT), COMPACT, memory_of(COMPACT)))
+    y_compact, _, _ = jitted(
+        cfg, params, x_compact, with_memory(cfg, context(COMPACT), COMPACT, memory_of(COMPACT))
+    )
     assert_close(np.asarray(y_compact)[COMPACT.segment_ids_BxL != 0], np.asarray(y)[valid], what="compact")
 
 
@@ -146,18 +174,23 @@ def test_padding_leaves_state_unchanged(case: Case):
     ctx = with_memory(cfg, context(PADDED, columns), PADDED, memory_of(PADDED))
     _, state, _ = jitted(cfg, params, jnp.asarray(random(2, LENGTH, DIM)[:, columns]), ctx, state)
     for size in (4, 1):
-        _, after, _ = jitted(cfg, params, random(2, size, DIM, seed=9), context(Layout((((0, size),),) * 2)), state)
+        _, after, _ = jitted(
+            cfg, params, random(2, size, DIM, seed=9), context(Layout((((0, size),),) * 2)), state
+        )
         for name, value in after.items():
             jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, err_msg=name), value, state[name])
 
 
 @every_case
 def test_bfloat16_is_finite(case: Case):
-    """Activations stay in bfloat16; a decode state keeps its shapes and dtypes, so that it can be a loop's carry."""
+    """Activations stay in bfloat16; a decode state keeps shapes and dtypes: it can be a loop's carry."""
     cfg = case.cfg
     params = jax.tree.map(
-        lambda box, value: value if box.role == "vector" else value.astype(jnp.bfloat16), declared(cfg), make_params(cfg),
-        is_leaf=lambda leaf: isinstance(leaf, Declared))
+        lambda box, value: value if box.role == "vector" else value.astype(jnp.bfloat16),
+        declared(cfg),
+        make_params(cfg),
+        is_leaf=lambda leaf: isinstance(leaf, Declared),
+    )
     x = jnp.asarray(random(2, LENGTH, DIM) * 4, jnp.bfloat16)
     ctx = with_memory(cfg, context(PADDED), PADDED, jnp.asarray(memory_of(PADDED), jnp.bfloat16))
     y, _, aux = jitted(cfg, params, x, ctx)
@@ -165,7 +198,9 @@ def test_bfloat16_is_finite(case: Case):
     assert all(bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))) for leaf in jax.tree.leaves((y, aux)))
     state = mixers.row(cfg).module.init_state(cfg, 2, DIM, LENGTH, jnp.bfloat16)
     after = jax.eval_shape(functools.partial(apply, cfg), params, x, ctx, state)[1]
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
 
 
 @every_case
@@ -178,7 +213,9 @@ def test_state_is_described(case: Case):
     known = {None, "batch", "heads", "kv_heads", "state", "mlp", "embed"}
     for names in jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)):
         assert set(names) <= known and names[0] == "batch"
-    assert mixers.state_bytes(cfg, DIM, LENGTH, jnp.bfloat16) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert mixers.state_bytes(cfg, DIM, LENGTH, jnp.bfloat16) == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state)
+    )
 
 
 @every_case
@@ -189,8 +226,13 @@ def test_flops_are_the_jaxpr_s(case: Case):
     ctx = context(layout)
     if reads_memory(cfg):  # the config assumes a memory as long as the row
         ctx = ctx.replace(memory_BxSxD=random(2, LENGTH, DIM), memory_segment_ids_BxS=ctx.segment_ids_BxL)
-    counted = count_flops(functools.partial(apply, cfg), make_params(cfg), random(2, LENGTH, DIM), ctx,
-                          pallas_flops={KERNEL: 0.0})
+    counted = count_flops(
+        functools.partial(apply, cfg),
+        make_params(cfg),
+        random(2, LENGTH, DIM),
+        ctx,
+        pallas_flops={KERNEL: 0.0},
+    )
     expected = mixers.row(cfg).module.flops(cfg, DIM, LENGTH, causal=False) + case.extra_flops
     assert counted / (2 * LENGTH) == pytest.approx(expected, rel=1e-9)
 

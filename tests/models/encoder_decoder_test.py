@@ -9,15 +9,23 @@ from research.models.mlp import GatedMlp
 from research.params import flatten
 from research.schema import Stage
 from tests.models.harness import QUICK, Layout, assert_close, context
-from tests.models.small_models import DIM, all_logits, decode_in_calls, generic_params, make_model, random_tokens
+from tests.models.small_models import (
+    DIM,
+    all_logits,
+    decode_in_calls,
+    generic_params,
+    make_model,
+    random_tokens,
+)
 
 CROSS = Attention(heads=4, kv_heads=2, positions="none", cross=True)
 MODEL = make_model(
     Stage((Attention(heads=2), CROSS, GatedMlp(hidden=24)), 2),
-    encoder_stages=(Stage((Attention(heads=2), GatedMlp(hidden=24)), 2),))
-SOURCE = Layout((((1, 4), (2, 5)), ((1, 5), (2, 3), (0, 1))))
-TARGET = Layout((((1, 5), (2, 7)), ((1, 7), (2, 4), (0, 1))))
-PAIRS = [(0, 1), (0, 2), (1, 1), (1, 2)]  # row and segment
+    encoder_stages=(Stage((Attention(heads=2), GatedMlp(hidden=24)), 2),),
+)
+SOURCE, TARGET = Layout((((1, 4), (2, 5)), ((1, 5), (2, 4)))), Layout((((1, 5), (2, 7)), ((1, 7), (2, 5))))
+PADDED_SOURCE = Layout((((1, 4), (2, 5)), ((1, 5), (2, 3), (0, 1))))
+PADDED_TARGET = Layout((((1, 5), (0, 1), (2, 6)), ((1, 7), (2, 4), (0, 1))))
 
 
 def decode(params, source, target, source_ctx, target_ctx):
@@ -36,8 +44,11 @@ def loss(params, source, target, source_ctx, target_ctx, targets):
 run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
 
 
-def columns(layout: Layout, pair: tuple[int, int]) -> np.ndarray:
-    return np.nonzero(layout.segment_ids_BxL[pair[0]] == pair[1])[0]
+def cut(tokens: np.ndarray, layout: Layout, segments: tuple[int, int]) -> np.ndarray:
+    """The tokens of one document of each row."""
+    return np.stack(
+        [row[ids == segment] for row, ids, segment in zip(tokens, layout.segment_ids_BxL, segments)]
+    )
 
 
 def test_packed_pairs_are_pairs_alone():
@@ -46,12 +57,16 @@ def test_packed_pairs_are_pairs_alone():
     targets = random_tokens(2, 12, seed=2)
     (total, hidden), grads = run(params, source, target, context(SOURCE), context(TARGET), targets)
     alone_total, alone_grads = 0.0, jax.tree.map(jnp.zeros_like, grads)
-    for pair in PAIRS:
-        s, t = columns(SOURCE, pair), columns(TARGET, pair)
-        contexts = [context(Layout((((1, len(c)),),)), packed=False) for c in (s, t)]
-        rows = [tokens[pair[0]][None, c] for tokens, c in ((source, s), (target, t))]
-        (one, one_hidden), one_grads = run(params, *rows, *contexts, targets[pair[0]][None, t])
-        assert_close(np.asarray(hidden)[pair[0]][t], one_hidden[0], what=str(pair))
+    for segments, sizes in (((1, 2), (4, 5)), ((2, 1), (5, 7))):
+        contexts = [context(Layout((((1, size),),) * 2), packed=False) for size in sizes]
+        (one, one_hidden), one_grads = run(
+            params,
+            cut(source, SOURCE, segments),
+            cut(target, TARGET, segments),
+            *contexts,
+            cut(targets, TARGET, segments)
+        )
+        assert_close(cut(np.asarray(hidden), TARGET, segments), one_hidden, what=str(segments))
         alone_total, alone_grads = alone_total + one, jax.tree.map(jnp.add, alone_grads, one_grads)
     assert_close(total, alone_total)
     assert_close(grads, alone_grads)
@@ -63,11 +78,11 @@ def test_cached_decoding_is_teacher_forcing():
     """The memory is read once, by the first call, then its keys and values are in the state."""
     params = generic_params(MODEL)
     source, target = random_tokens(2, 9), random_tokens(2, 12, seed=1)
-    hidden, memory = decode(params, source, target, context(SOURCE), context(TARGET))
-    valid = TARGET.segment_ids_BxL != 0
-    given = {"memory_BxSxD": memory, "memory_segment_ids_BxS": jnp.asarray(SOURCE.segment_ids_BxL)}
+    hidden, memory = decode(params, source, target, context(PADDED_SOURCE), context(PADDED_TARGET))
+    valid = PADDED_TARGET.segment_ids_BxL != 0
+    given = {"memory_BxSxD": memory, "memory_segment_ids_BxS": jnp.asarray(PADDED_SOURCE.segment_ids_BxL)}
     for splits in ((4, 1, 1, 1, 1, 4), (1,) * 12):
-        stepped = decode_in_calls(MODEL, params, target, TARGET, splits, **given)
+        stepped = decode_in_calls(MODEL, params, target, PADDED_TARGET, splits, **given)
         assert_close(stepped[valid], np.asarray(hidden)[valid], what=str(splits))
 
 
@@ -84,7 +99,9 @@ def test_encoder_reads_both_ways_and_decoder_does_not():
     assert moved[0, :5].min() > 1e-6 and moved[0, 5:].max() == 0
     other = target.copy()
     other[0, 4] = (other[0, 4] + 1) % 32
-    moved = np.abs(np.asarray(decode(params, source, other, context(SOURCE), context(TARGET))[0] - hidden)).max(axis=-1)
+    moved = np.abs(
+        np.asarray(decode(params, source, other, context(SOURCE), context(TARGET))[0] - hidden)
+    ).max(axis=-1)
     assert moved[0, :4].max() == 0 and moved[0, 4].max() > 1e-5 and moved[0, 5:].max() == 0
 
 

@@ -1,4 +1,4 @@
-"""Runs one mixer by itself: its weights, the context of a layout, and its forward functions, each compiled once."""
+"""Runs one mixer by itself: its weights, the context of a layout, and its forward functions."""
 
 import dataclasses
 import functools
@@ -21,13 +21,16 @@ MEMORY_PER_DOCUMENT = 3  # tokens that cross-attention reads for each document
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Rows of documents. `rows`: for each a list of (segment, length); segment 0 is padding, a segment met again goes on."""
+    """Rows of documents. `rows`: for each a list of (segment, length); segment 0 is padding, a segment met
+    again goes on."""
 
     rows: tuple[tuple[tuple[int, int], ...], ...]
 
     @functools.cached_property
     def segment_ids_BxL(self) -> np.ndarray:
-        return np.array([[segment for segment, length in row for _ in range(length)] for row in self.rows], np.int32)
+        return np.array(
+            [[segment for segment, length in row for _ in range(length)] for row in self.rows], np.int32
+        )
 
     @functools.cached_property
     def positions_BxL(self) -> np.ndarray:
@@ -41,7 +44,9 @@ class Layout:
     @functools.cached_property
     def memory_segment_ids_BxS(self) -> np.ndarray:
         documents = self.segment_ids_BxL.max()
-        return np.tile(np.repeat(np.arange(1, documents + 1, dtype=np.int32), MEMORY_PER_DOCUMENT), (len(self.rows), 1))
+        return np.tile(
+            np.repeat(np.arange(1, documents + 1, dtype=np.int32), MEMORY_PER_DOCUMENT), (len(self.rows), 1)
+        )
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -54,18 +59,24 @@ def memory_of(layout: Layout, seed: int = 7) -> np.ndarray:
 
 def context(layout: Layout, columns: slice = slice(None), **fields: Any) -> Context:
     """The context of some columns of a layout; the memory is given apart."""
-    return Context(jnp.asarray(layout.positions_BxL[:, columns]), jnp.asarray(layout.segment_ids_BxL[:, columns]), **fields)
+    return Context(
+        jnp.asarray(layout.positions_BxL[:, columns]),
+        jnp.asarray(layout.segment_ids_BxL[:, columns]),
+        **fields,
+    )
 
 
 def _complete(cfg: MixerConfig, x_BxLxD: jax.Array, ctx: Context) -> Context:
-    """Layer 1, and for a mixer that shares across layers a value of layer 0 that depends on each token alone."""
+    """Layer 1, and for a mixer that shares across layers a value of layer 0 made of each token alone."""
     ctx = ctx.replace(layer=jnp.int32(1))
     module = mixers.row(cfg).module
     if not hasattr(module, "init_shared"):
         return ctx
     token_BxL = jnp.sin(jnp.sum(x_BxLxD, axis=-1))
-    shared = {name: jnp.sin(token_BxL[..., None] + jnp.arange(zero.shape[-1])).astype(zero.dtype)
-              for name, zero in module.init_shared(cfg, x_BxLxD).items()}
+    shared = {
+        name: jnp.sin(token_BxL[..., None] + jnp.arange(zero.shape[-1])).astype(zero.dtype)
+        for name, zero in module.init_shared(cfg, x_BxLxD).items()
+    }
     return ctx.replace(shared=shared)
 
 
@@ -85,9 +96,13 @@ def declared(cfg: MixerConfig) -> dict:
     """The tree of boxes that `init` makes, as shapes."""
     layout = Layout((((1, 2),),))
     x, memory = jnp.zeros((1, 2, DIM)), memory_of(layout)
-    ctx = context(layout, memory_BxSxD=memory, memory_segment_ids_BxS=jnp.asarray(layout.memory_segment_ids_BxS))
+    ctx = context(
+        layout, memory_BxSxD=memory, memory_segment_ids_BxS=jnp.asarray(layout.memory_segment_ids_BxS)
+    )
     init = mixers.row(cfg).module(cfg).init
-    return jax.eval_shape(lambda key: init({"params": key}, x, _complete(cfg, x, ctx))["params"], jax.random.key(0))
+    return jax.eval_shape(
+        lambda key: init({"params": key}, x, _complete(cfg, x, ctx))["params"], jax.random.key(0)
+    )
 
 
 @functools.cache
@@ -97,10 +112,14 @@ def make_params(cfg: MixerConfig) -> dict:
     def one(path: tuple, box: Declared) -> jax.Array:
         seed = zlib.crc32(jax.tree_util.keystr(path).encode())
         fan = np.prod([n for n, axis in zip(box.value.shape, box.names) if axis in box.inputs])
-        return jnp.asarray(random(*box.value.shape, seed=seed) / np.sqrt(fan) + (0.5 if box.role == "vector" else 0.0),
-                           jnp.float32)
+        return jnp.asarray(
+            random(*box.value.shape, seed=seed) / np.sqrt(fan) + (0.5 if box.role == "vector" else 0.0),
+            jnp.float32,
+        )
 
-    return jax.tree_util.tree_map_with_path(one, declared(cfg), is_leaf=lambda leaf: isinstance(leaf, Declared))
+    return jax.tree_util.tree_map_with_path(
+        one, declared(cfg), is_leaf=lambda leaf: isinstance(leaf, Declared)
+    )
 
 
 def statistics_of(aux: dict, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], jax.Array]:
@@ -122,7 +141,8 @@ def with_memory(cfg: MixerConfig, ctx: Context, layout: Layout, memory_BxSxD: ja
 
 
 def step_through(cfg: MixerConfig, params: Any, x_BxLxD: np.ndarray, layout: Layout, splits: Sequence[int]):
-    """Outputs of all columns, taken in calls of `splits` columns, and the last state; memory is given once, at first."""
+    """Outputs of all columns, taken in calls of `splits` columns, and the last state; memory is given once,
+    at first."""
     batch, length, _ = x_BxLxD.shape
     assert sum(splits) == length
     state = mixers.row(cfg).module.init_state(cfg, batch, DIM, length, jnp.float32)

@@ -1,4 +1,5 @@
-"""The model around the mixers: scan over layers, norms, positions, dropout, remat, tied embeddings, heads, decode state."""
+"""The model around the mixers: scan over layers, norms, positions, dropout, remat, tied embeddings, heads,
+decode state."""
 
 import dataclasses
 
@@ -19,8 +20,20 @@ from research.params import flatten
 from research.schema import Norm, Scales, Stage
 from research.training.flops import count_flops
 from tests.models.harness import QUICK, Layout, assert_close, context
-from tests.models.small_models import (DENSE, DENSE_THEN_MOE, DIM, LENGTH, PACKED, VOCAB, all_logits, decode_in_calls,
-                                       generic_params, loss_and_grads, make_model, random_tokens)
+from tests.models.small_models import (
+    DENSE,
+    DENSE_THEN_MOE,
+    DIM,
+    LENGTH,
+    PACKED,
+    VOCAB,
+    all_logits,
+    decode_in_calls,
+    generic_params,
+    loss_and_grads,
+    make_model,
+    random_tokens,
+)
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual
 
@@ -31,14 +44,22 @@ MODELS = {
     "dense": make_model(Stage(DENSE, 2)),
     "dense_then_moe": make_model(*DENSE_THEN_MOE),
     "post_norm_tied_learned": make_model(
-        Stage((Attention(heads=2, positions="none"), Mlp(hidden=24, bias=True)), 2), tie_embeddings=True,
-        norm=Norm(kind="layernorm", placement="post"), positions="learned"),
-    "sinusoidal": make_model(Stage((Attention(heads=2, positions="none"), Mlp(hidden=24)), 1), positions="sinusoidal",
-                             scales=Scales(embedding=4.0, residual=0.5, logits=0.25)),
+        Stage((Attention(heads=2, positions="none"), Mlp(hidden=24, bias=True)), 2),
+        tie_embeddings=True,
+        norm=Norm(kind="layernorm", placement="post"),
+        positions="learned",
+    ),
+    "sinusoidal": make_model(
+        Stage((Attention(heads=2, positions="none"), Mlp(hidden=24)), 1),
+        positions="sinusoidal",
+        scales=Scales(embedding=4.0, residual=0.5, logits=0.25),
+    ),
     "recurrent": make_model(Stage((LinearRecurrence(width=12), GatedMlp(hidden=24)), 2)),
     "shared_value": make_model(*SHARED_VALUE),
     "parallel": make_model(Stage((PARALLEL,), 2), heads=("reward", "value")),
-    "hybrid_window": make_model(Stage((LinearRecurrence(width=12), Attention(heads=2, window=3), Mlp(hidden=24)), 1)),
+    "hybrid_window": make_model(
+        Stage((LinearRecurrence(width=12), Attention(heads=2, window=3), Mlp(hidden=24)), 1)
+    ),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
@@ -56,7 +77,9 @@ def by_hand(model, params, tokens_BxL, ctx):
     for index, stage in enumerate(cfg.stages):
         for repeat in range(stage.repeats):
             weights = jax.tree.map(lambda w: w[repeat], params["decoder"][f"stage_{index}"])
-            (x, shared), _ = Layer(cfg, stage).apply({"params": weights}, (x, shared), jnp.int32(layer), None, ctx)
+            (x, shared), _ = Layer(cfg, stage).apply(
+                {"params": weights}, (x, shared), jnp.int32(layer), None, ctx
+            )
             layer += 1
     if cfg.norm.placement == "pre":
         x = NormLayer(cfg.norm).apply({"params": params["decoder"]["final_norm"]}, x)
@@ -65,7 +88,7 @@ def by_hand(model, params, tokens_BxL, ctx):
 
 @every_model
 def test_scan_is_a_loop_over_layers(model):
-    """With dropout on: each layer, over all stages, must get its own index, key, weights and shared values."""
+    """With dropout on: each layer, over all stages, gets its own index, key, weights and shared values."""
     model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, dropout=0.25))
     params, tokens = generic_params(model), random_tokens(2)
     ctx = context(PACKED, deterministic=False, key=jax.random.key(3, impl="unsafe_rbg"))
@@ -77,7 +100,9 @@ def test_scan_is_a_loop_over_layers(model):
 @every_model
 def test_describe_has_every_weight(model):
     params = flatten(jax.eval_shape(model.init, jax.random.key(0)))
-    assert {path: weight.shape for path, weight in model.weights.items()} == {p: v.shape for p, v in params.items()}
+    assert {path: weight.shape for path, weight in model.weights.items()} == {
+        p: v.shape for p, v in params.items()
+    }
     for path, weight in model.weights.items():
         assert len(weight.axes) == len(weight.shape) == len(set(weight.axes))
         assert (weight.axes[0] == "layers") == ("/stage_" in path)
@@ -109,7 +134,9 @@ def test_packed_rows_and_cached_calls(model):
     params, tokens = generic_params(model), random_tokens(2)
     run = jax.jit(lambda p, t, c: model.hidden(p, t, c)[0], compiler_options=QUICK)
     hidden = np.asarray(run(params, tokens, context(PACKED)))
-    alone = run(params, np.stack([tokens[0, 5:], tokens[1, :7]]), context(Layout((((1, 7),),) * 2), packed=False))
+    alone = run(
+        params, np.stack([tokens[0, 5:], tokens[1, :7]]), context(Layout((((1, 7),),) * 2), packed=False)
+    )
     assert_close(np.stack([hidden[0, 5:], hidden[1, :7]]), alone)
     assert_close(decode_in_calls(model, params, tokens, PACKED, (4, 1, 1, 1, 1, 4)), hidden)
     state, axes = model.init_state(2, LENGTH), model.state_axes()
@@ -147,7 +174,8 @@ def test_depth_does_not_grow_the_program():
     for repeats in (2, 8):
         model = make_model(Stage(DENSE, repeats))
         jaxpr = jax.make_jaxpr(lambda p: model.hidden(p, random_tokens(2), context(PACKED))[0])(
-            jax.eval_shape(model.init, jax.random.key(0)))
+            jax.eval_shape(model.init, jax.random.key(0))
+        )
         programs.append(str(jaxpr).count("dot_general"))
     assert programs[0] == programs[1] > 0
 
@@ -157,8 +185,13 @@ def test_pre_norm_ends_in_a_norm_and_post_norm_does_not():
     assert "decoder/final_norm/gain" in pre.weights and "decoder/final_norm/gain" not in post.weights
     params = generic_params(post)
     last = params["decoder"]["stage_0"]["norm_1"]
-    params = {**params, "decoder": {"stage_0": params["decoder"]["stage_0"] | {
-        "norm_1": {"gain": jnp.ones_like(last["gain"]), "bias": jnp.zeros_like(last["bias"])}}}}
+    params = {
+        **params,
+        "decoder": {
+            "stage_0": params["decoder"]["stage_0"]
+            | {"norm_1": {"gain": jnp.ones_like(last["gain"]), "bias": jnp.zeros_like(last["bias"])}}
+        },
+    }
     hidden = post.hidden(params, random_tokens(2), context(PACKED))[0]
     np.testing.assert_allclose(np.mean(hidden, axis=-1), 0.0, atol=1e-5)  # just normalised
     np.testing.assert_allclose(np.var(hidden, axis=-1), 1.0, atol=1e-3)
@@ -170,20 +203,26 @@ def test_tied_embedding_is_the_output_too():
     assert weight.role == "input+output" and not any(path.startswith("unembedding") for path in model.weights)
     params = generic_params(model)
     hidden = model.hidden(params, random_tokens(2), context(PACKED))[0]
-    np.testing.assert_allclose(all_logits(model, params, hidden), hidden @ params["embedding"]["table"].T, atol=1e-5)
+    np.testing.assert_allclose(
+        all_logits(model, params, hidden), hidden @ params["embedding"]["table"].T, atol=1e-5
+    )
     _, grads = loss_and_grads(model, params, np.zeros((2, LENGTH), np.int32), PACKED)
     assert np.all(np.any(np.asarray(grads["embedding"]["table"]) != 0, axis=1))  # as output, every row learns
 
 
 def test_scales_multiply_embedding_residual_and_logits():
-    plain, scaled = make_model(Stage(DENSE, 1)), make_model(Stage(DENSE, 1), scales=Scales(embedding=3.0, logits=0.5))
+    plain, scaled = make_model(Stage(DENSE, 1)), make_model(
+        Stage(DENSE, 1), scales=Scales(embedding=3.0, logits=0.5)
+    )
     params, tokens, ctx = generic_params(plain), random_tokens(2), context(PACKED)
     tripled = {**params, "embedding": {"table": 3.0 * params["embedding"]["table"]}}
     hidden = scaled.hidden(params, tokens, ctx)[0]
     assert_close(hidden, plain.hidden(tripled, tokens, ctx)[0])
     assert_close(all_logits(scaled, params, hidden), 0.5 * all_logits(plain, params, hidden))
     tiny = make_model(Stage(DENSE, 1), scales=Scales(residual=1e-12))
-    without = NormLayer(tiny.cfg.norm).apply({"params": params["decoder"]["final_norm"]}, params["embedding"]["table"][tokens])
+    without = NormLayer(tiny.cfg.norm).apply(
+        {"params": params["decoder"]["final_norm"]}, params["embedding"]["table"][tokens]
+    )
     assert_close(tiny.hidden(params, tokens, ctx)[0], without)
 
 
@@ -197,7 +236,7 @@ def test_sinusoids_are_vaswani_s():
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "none"])
 def test_positions_tell_order(positions):
-    """Attention without positions sees a set (but for the mask): only added positions tell two orders apart."""
+    """Attention without positions sees a set (but for the mask): only added positions tell orders apart."""
     model = make_model(Stage((Attention(heads=2, positions="none"),), 1), positions=positions)
     params, tokens = generic_params(model), random_tokens(1, 6)
     swapped = tokens[:, [1, 0, 2, 3, 4, 5]]
@@ -226,7 +265,9 @@ def test_dropout_is_by_key_layer_and_mixer():
     masks = []
     for layer, loud in ((0, 0), (0, 1), (1, 0)):
         chosen = weights | {f"mlp_{i}": constant if i == loud else silent for i in (0, 1)}
-        (x, _), _ = Layer(cfg, stage).apply({"params": chosen}, (jnp.zeros((2, LENGTH, DIM)), {}), jnp.int32(layer), None, ctx)
+        (x, _), _ = Layer(cfg, stage).apply(
+            {"params": chosen}, (jnp.zeros((2, LENGTH, DIM)), {}), jnp.int32(layer), None, ctx
+        )
         masks.append(np.asarray(x) != 0)
         assert 0.4 < masks[-1].mean() < 0.6
     assert all(np.any(a != b) for i, a in enumerate(masks) for b in masks[:i])
@@ -234,13 +275,18 @@ def test_dropout_is_by_key_layer_and_mixer():
 
 def test_parallel_sums_its_mixers_on_one_norm():
     model = MODELS["parallel"]
-    assert {"decoder/stage_0/norm_0/gain", "decoder/stage_0/parallel_0/attention_0/query"} <= set(model.weights)
+    assert {"decoder/stage_0/norm_0/gain", "decoder/stage_0/parallel_0/attention_0/query"} <= set(
+        model.weights
+    )
     cfg = PARALLEL
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, DIM))
     weights = jax.tree.map(lambda w: w[0], generic_params(model)["decoder"]["stage_0"]["parallel_0"])
     ctx = context(PACKED)
     y, _, aux = mixers.row(cfg).module(cfg).apply({"params": weights}, x, ctx)
-    parts = [mixers.row(m).module(m).apply({"params": weights[name]}, x, ctx)[0] for name, m in mixers.named(cfg.mixers)]
+    parts = [
+        mixers.row(m).module(m).apply({"params": weights[name]}, x, ctx)[0]
+        for name, m in mixers.named(cfg.mixers)
+    ]
     assert_close(y, parts[0] + parts[1])
     assert aux == {}
     with pytest.raises(InputError, match=r"^mixers: holds fewer than two; "):
@@ -266,7 +312,9 @@ def test_bfloat16_compute_keeps_float32_parameters():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     (loss, (hidden, _)), grads = loss_and_grads(model, params, random_tokens(2), PACKED)
     (full_loss, _), _ = loss_and_grads(make_model(*DENSE_THEN_MOE), params, random_tokens(2), PACKED)
-    assert hidden.dtype == jnp.bfloat16 and {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
+    assert hidden.dtype == jnp.bfloat16 and {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {
+        "float32"
+    }
     assert abs(float(loss) - float(full_loss)) < 0.05
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
 

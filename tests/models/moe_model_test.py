@@ -15,8 +15,15 @@ from research.models.mixers import Parallel
 from research.params import flatten
 from research.schema import MeshConfig, Stage
 from tests.models.harness import QUICK, Layout, assert_close, context
-from tests.models.small_models import (DENSE_THEN_MOE, PACKED, generic_params, loss_and_grads, make_model, mean_loss,
-                                       random_tokens)
+from tests.models.small_models import (
+    DENSE_THEN_MOE,
+    PACKED,
+    generic_params,
+    loss_and_grads,
+    make_model,
+    mean_loss,
+    random_tokens,
+)
 from tests.spikes.moe import Moe, MoeMixer
 
 BIAS = "decoder/stage_1/moe_1/balance_bias"
@@ -29,7 +36,10 @@ def test_aux_comes_back_stacked():
     assert set(aux) == {"stage_1"} and set(aux["stage_1"]) == {"moe_1"}
     entries = aux["stage_1"]["moe_1"]
     assert jax.tree.map(jnp.shape, entries) == {
-        "router_z_loss": (2,), "max_load": (2,), "statistics": {"balance_bias": (2, 4)}}
+        "router_z_loss": (2,),
+        "max_load": (2,),
+        "statistics": {"balance_bias": (2, 4)},
+    }
     loss, metrics, statistics = read_aux(aux)
     assert float(loss) == pytest.approx(float(jnp.sum(entries["router_z_loss"]))) and float(loss) > 0
     assert set(metrics) == {"stage_1/moe_1/router_z_loss", "stage_1/moe_1/max_load"}
@@ -45,13 +55,19 @@ def test_padding_is_not_counted():
 
 def test_statistics_move_the_bias_towards_balance():
     params, tokens = generic_params(MODEL), random_tokens(8)
-    params["decoder"]["stage_1"]["moe_1"]["balance_bias"] = jnp.zeros((2, 4)).at[:, 0].set(1.0)  # everyone's favourite
-    step = jax.jit(lambda p: read_aux(MODEL.hidden(p, tokens, context(Layout((((1, 12),),) * 8)))[2])[2],
-                   compiler_options=QUICK)
+    params["decoder"]["stage_1"]["moe_1"]["balance_bias"] = (
+        jnp.zeros((2, 4)).at[:, 0].set(1.0)
+    )  # everyone's favourite
+    step = jax.jit(
+        lambda p: read_aux(MODEL.hidden(p, tokens, context(Layout((((1, 12),),) * 8)))[2])[2],
+        compiler_options=QUICK,
+    )
     loads = [np.asarray(step(params)[BIAS])]
     first = MODEL.apply_statistics(params, step(params))
     moved = np.asarray(flatten(first)[BIAS] - flatten(params)[BIAS])
-    np.testing.assert_allclose(moved, 0.1 * np.sign(np.mean(loads[0], axis=1, keepdims=True) - loads[0]), atol=1e-6)
+    np.testing.assert_allclose(
+        moved, 0.1 * np.sign(np.mean(loads[0], axis=1, keepdims=True) - loads[0]), atol=1e-6
+    )
     others = {path: value for path, value in flatten(first).items() if path != BIAS}
     assert all(value is flatten(params)[path] for path, value in others.items())
     for _ in range(20):
@@ -98,8 +114,12 @@ def test_statistics_inside_parallel():
 
 LAYOUT = Layout((((1, 5), (2, 7)), ((1, 7), (2, 5)), ((1, 12),), ((1, 10), (0, 2))))
 MESHES = {
-    "dp": MeshConfig(rules="dp"), "fsdp": MeshConfig(rules="fsdp"), "fsdp_tp": MeshConfig(rules="fsdp_tp", tensor=2),
-    "ep": MeshConfig(rules="ep", expert=2), "ep_4": MeshConfig(rules="ep", expert=4), "cp": MeshConfig(rules="cp", context=2),
+    "dp": MeshConfig(rules="dp"),
+    "fsdp": MeshConfig(rules="fsdp"),
+    "fsdp_tp": MeshConfig(rules="fsdp_tp", tensor=2),
+    "ep": MeshConfig(rules="ep", expert=2),
+    "ep_4": MeshConfig(rules="ep", expert=4),
+    "cp": MeshConfig(rules="cp", context=2),
 }
 
 
@@ -110,7 +130,7 @@ def on_one_device():
 
 @pytest.mark.parametrize("name", MESHES)
 def test_whole_loss_on_four_devices(name, devices):
-    """Scan, remat, chunked loss, heads and experts, all sharded: loss, gradients and statistics of one device."""
+    """Scan, remat, chunked loss, heads and experts, all sharded: loss, gradients, statistics of one device."""
     mesh, rules = sharding.make_mesh(MESHES[name], devices), sharding.rules_named(MESHES[name].rules)
     model = make_model(*DENSE_THEN_MOE, remat="full")
     shardings = sharding.weight_shardings(model.weights, mesh, rules)
@@ -119,11 +139,15 @@ def test_whole_loss_on_four_devices(name, devices):
     ctx, tokens = jax.device_put((context(LAYOUT), jnp.asarray(random_tokens(4))), rows)
 
     def step(params, tokens, ctx):
-        result, grads = jax.value_and_grad(functools.partial(mean_loss, model), has_aux=True)(params, tokens, ctx)
+        result, grads = jax.value_and_grad(functools.partial(mean_loss, model), has_aux=True)(
+            params, tokens, ctx
+        )
         return result, grads
 
     with sharding.use(mesh, rules):
-        result, grads = jax.jit(step, out_shardings=(None, shardings), compiler_options=QUICK)(params, tokens, ctx)
+        result, grads = jax.jit(step, out_shardings=(None, shardings), compiler_options=QUICK)(
+            params, tokens, ctx
+        )
     assert_close((result, grads), on_one_device(), what=name)
     assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(grads))
     if name in ("ep", "ep_4"):

@@ -10,8 +10,19 @@ from research import sharding
 from research.params import Declared, Weight, flatten, unflatten
 from research.schema import MeshConfig
 from tests.models.cases import CASES, DIM
-from tests.models.harness import (QUICK, Layout, apply, assert_close, context, declared, make_params, memory_of, random,
-                                  reads_memory, with_memory)
+from tests.models.harness import (
+    QUICK,
+    Layout,
+    apply,
+    assert_close,
+    context,
+    declared,
+    make_params,
+    memory_of,
+    random,
+    reads_memory,
+    with_memory,
+)
 
 MESHES = {
     "dp": MeshConfig(rules="dp"),
@@ -24,9 +35,16 @@ LAYOUT = Layout((((1, 5), (2, 7)), ((1, 7), (2, 5)), ((1, 12),), ((1, 3), (0, 1)
 
 
 def weights_of_mixer(cfg) -> dict[str, Weight]:
-    flat = {"/".join(entry.key for entry in path): box for path, box in jax.tree_util.tree_leaves_with_path(
-        declared(cfg), is_leaf=lambda leaf: isinstance(leaf, Declared))}
-    return {path: Weight(box.value.shape, tuple(box.names), box.inputs, box.role, "") for path, box in flat.items()}
+    flat = {
+        "/".join(entry.key for entry in path): box
+        for path, box in jax.tree_util.tree_leaves_with_path(
+            declared(cfg), is_leaf=lambda leaf: isinstance(leaf, Declared)
+        )
+    }
+    return {
+        path: Weight(box.value.shape, tuple(box.names), box.inputs, box.role, "")
+        for path, box in flat.items()
+    }
 
 
 def run_all(cfgs, all_params, x, memory, ctx, probe):
@@ -35,10 +53,16 @@ def run_all(cfgs, all_params, x, memory, ctx, probe):
     def total(all_params, x, memory):
         losses, outputs = [], []
         for cfg, params in zip(cfgs, all_params):
-            inner = ctx.replace(memory_BxSxD=memory) if reads_memory(cfg) else ctx.replace(
-                memory_BxSxD=None, memory_segment_ids_BxS=None)
+            inner = (
+                ctx.replace(memory_BxSxD=memory)
+                if reads_memory(cfg)
+                else ctx.replace(memory_BxSxD=None, memory_segment_ids_BxS=None)
+            )
             y, _, aux = apply(cfg, params, x, inner)
-            losses.append(jnp.sum(y * probe) + sum(jnp.sum(leaf) for name, leaf in aux.items() if name.endswith("_loss")))
+            losses.append(
+                jnp.sum(y * probe)
+                + sum(jnp.sum(leaf) for name, leaf in aux.items() if name.endswith("_loss"))
+            )
             outputs.append((y, aux))
         return sum(losses), outputs
 
@@ -58,7 +82,13 @@ def cfgs_of(row: str) -> tuple:
 def arguments(row: str) -> tuple:
     x, probe, memory = random(4, 12, DIM), random(4, 12, DIM, seed=1), memory_of(LAYOUT)
     ctx = context(LAYOUT, memory_segment_ids_BxS=jnp.asarray(LAYOUT.memory_segment_ids_BxS))
-    return tuple(make_params(cfg) for cfg in cfgs_of(row)), jnp.asarray(x), jnp.asarray(memory), ctx, jnp.asarray(probe)
+    return (
+        tuple(make_params(cfg) for cfg in cfgs_of(row)),
+        jnp.asarray(x),
+        jnp.asarray(memory),
+        ctx,
+        jnp.asarray(probe),
+    )
 
 
 @pytest.mark.parametrize("row", CASES)
@@ -70,15 +100,20 @@ def test_four_devices_give_what_one_gives(row: str, rules_name: str, devices):
     all_params, x, memory, ctx, probe = arguments(row)
     placed = tuple(
         jax.device_put(params, sharding.weight_shardings(weights_of_mixer(cfg), mesh, rules))
-        for cfg, params in zip(cfgs_of(row), all_params))
+        for cfg, params in zip(cfgs_of(row), all_params)
+    )
     rows = sharding.batch_sharding(mesh, rules, ("batch", "length"))
     whole = sharding.batch_sharding(mesh, rules, ("batch", None))
     put = functools.partial(jax.device_put, device=rows)
-    ctx = ctx.replace(positions_BxL=put(ctx.positions_BxL), segment_ids_BxL=put(ctx.segment_ids_BxL),
-                      memory_segment_ids_BxS=jax.device_put(ctx.memory_segment_ids_BxS, whole))
+    ctx = ctx.replace(
+        positions_BxL=put(ctx.positions_BxL),
+        segment_ids_BxL=put(ctx.segment_ids_BxL),
+        memory_segment_ids_BxS=jax.device_put(ctx.memory_segment_ids_BxS, whole),
+    )
     with sharding.use(mesh, rules):
         outputs, grads = jax.jit(functools.partial(run_all, cfgs_of(row)), compiler_options=QUICK)(
-            placed, put(x), jax.device_put(memory, whole), ctx, put(probe))
+            placed, put(x), jax.device_put(memory, whole), ctx, put(probe)
+        )
     expected_outputs, expected_grads = one_device(row)
     assert_close(outputs, expected_outputs, what="outputs")
     assert_close(grads, expected_grads, what="gradients")

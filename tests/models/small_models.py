@@ -1,6 +1,5 @@
 """Small models for the tests of research/models/lm.py, and what is run on them."""
 
-import functools
 from typing import Any
 
 import jax
@@ -31,13 +30,17 @@ def make_model(*stages: Stage, heads: tuple[str, ...] = (), **fields: Any) -> La
     return LanguageModel(ModelConfig(vocab_size=VOCAB, dim=DIM, stages=stages, max_len=16, **fields), heads)
 
 
-@functools.cache
-def generic_params(model: LanguageModel, seed: int = 0) -> dict:
-    """Weights of the right sizes without zeros and ones, so that each matters; made from the declarations, uncompiled."""
-    noise = np.random.default_rng(seed)
-    return unflatten({
-        path: jnp.asarray(noise.normal(size=w.shape) / np.sqrt(w.fan_in) + 0.5 * (w.role == "vector"), jnp.float32)
-        for path, w in model.weights.items()})
+def generic_params(model: LanguageModel) -> dict:
+    """Weights of the right sizes without zeros and ones, so that each matters; made without a compiler."""
+    noise = np.random.default_rng(0)
+    return unflatten(
+        {
+            path: jnp.asarray(
+                noise.normal(size=w.shape) / np.sqrt(w.fan_in) + 0.5 * (w.role == "vector"), jnp.float32
+            )
+            for path, w in model.weights.items()
+        }
+    )
 
 
 def random_tokens(batch: int, length: int = LENGTH, seed: int = 0) -> np.ndarray:
@@ -48,12 +51,15 @@ def all_logits(model: LanguageModel, params: dict, hidden_BxLxD: jax.Array) -> j
     return logits(hidden_BxLxD, model.unembedding(params), logit_scale=model.cfg.scales.logits)
 
 
-def mean_loss(model: LanguageModel, params: dict, tokens_BxL: jax.Array, ctx: Context, adapters: dict | None = None):
+def mean_loss(
+    model: LanguageModel, params: dict, tokens_BxL: jax.Array, ctx: Context, adapters: dict | None = None
+):
     """(next-token loss of every token of the row, rolled, and the auxiliary losses; (hidden, statistics))."""
     hidden_BxLxD, _, aux = model.hidden(params, tokens_BxL, ctx, adapters=adapters)
     weights_BxL = (ctx.segment_ids_BxL != 0).astype(jnp.float32)
-    loss_sum, _, _ = token_loss(model.cfg, hidden_BxLxD, model.unembedding(params, adapters), jnp.roll(tokens_BxL, -1, 1),
-                                weights_BxL)
+    loss_sum, _, _ = token_loss(
+        model.cfg, hidden_BxLxD, model.unembedding(params, adapters), jnp.roll(tokens_BxL, -1, 1), weights_BxL
+    )
     auxiliary, _, statistics = read_aux(aux)
     return loss_sum / jnp.sum(weights_BxL) + auxiliary, (hidden_BxLxD, statistics)
 
@@ -65,9 +71,16 @@ def loss_and_grads(model: LanguageModel, params: dict, tokens_BxL: np.ndarray, l
     return jax.jit(function, compiler_options=QUICK)(params, jnp.asarray(tokens_BxL), ctx)
 
 
-def decode_in_calls(model: LanguageModel, params: dict, tokens_BxL: np.ndarray, layout: Layout, splits: tuple[int, ...],
-                    **first_call: Any) -> np.ndarray:
-    """Hidden states of all columns, made with a state in calls of `splits` columns; `first_call`: context of the first."""
+def decode_in_calls(
+    model: LanguageModel,
+    params: dict,
+    tokens_BxL: np.ndarray,
+    layout: Layout,
+    splits: tuple[int, ...],
+    **first_call: Any
+) -> np.ndarray:
+    """Hidden states of all columns, made with a state in calls of `splits` columns; `first_call`: context of
+    the first."""
     call = jax.jit(lambda p, t, c, s: model.hidden(p, t, c, s)[:2], compiler_options=QUICK)
     state = model.init_state(tokens_BxL.shape[0], tokens_BxL.shape[1])
     outputs, start = [], 0

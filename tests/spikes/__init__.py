@@ -1,7 +1,8 @@
-"""Test-only mixers: what later families will need of the contracts, each tiny. Importing this adds them to MIXERS.
+"""Test-only mixers: what later families will need of the contracts, each tiny. Importing this adds them to
+MIXERS.
 
-The package is imported by tests/conftest.py, so that every test process sees the same table, and stays out of the library:
-`research.models.mixers` knows nothing of it.
+The package is imported by tests/conftest.py, so that every test process sees the same table, and stays out of
+the library: `research.models.mixers` knows nothing of it.
 """
 
 from research.models.mixers import MIXERS, Mixer

@@ -1,11 +1,13 @@
-"""Mixture of gated experts with sigmoid scores and a balancing bias that learns without gradient (DeepSeek-V3, 2024).
+"""Mixture of gated experts with sigmoid scores and a balancing bias that learns without gradient
+(DeepSeek-V3, 2024).
 
-    score_e = sigmoid(x . router_e); the top k of score + bias are chosen; their scores, normalised to sum to one, weigh them
-    y = shared(x) + sum over the chosen of weight_e * expert_e(x)
+    score_e = sigmoid(x . router_e); the top k of score + bias are chosen
+    y = shared(x) + sum over the chosen of weight_e * expert_e(x); weights: their scores, made to sum to one
 
-Scores are float32. Without a capacity factor every expert sees every token and the weights of the others are zero: exact, and
-slow. With one, each row gives an expert at most ceil(L * top_k * capacity_factor / experts) tokens and drops the rest (GShard,
-Lepikhin et al. 2021): what a row drops depends on its neighbours, so the exactness contracts hold only for the form without.
+Scores are float32. Without a capacity factor every expert sees every token and the weights of the others are
+zero: exact, and slow. With one, each row gives an expert at most ceil(L * top_k * capacity_factor / experts)
+tokens and drops the rest (GShard, Lepikhin et al. 2021): what a row drops depends on its neighbours, so the
+exactness contracts hold only for the form without.
 """
 
 import dataclasses
@@ -24,8 +26,8 @@ from research.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class Moe(MixerConfig):
-    """`shared_hidden`: width of the expert that every token passes, 0 for none. `router_z`: weight of the router's z-loss
-    (Zoph et al. 2022); `balance_rate`: how far the bias moves in a step."""
+    """`shared_hidden`: width of the expert that every token passes, 0 for none. `router_z`: weight of the
+    router's z-loss (Zoph et al. 2022); `balance_rate`: how far the bias moves in a step."""
 
     experts: Positive
     top_k: Positive
@@ -44,7 +46,9 @@ class MoeMixer(nn.Module):
     cfg: Moe
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+    def __call__(
+        self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None
+    ) -> tuple[jax.Array, dict | None, dict]:
         cfg, dim = self.cfg, x_BxLxD.shape[-1]
         weight_BxLxE, aux = self._route(x_BxLxD, ctx)
         shape_up, shape_down = (cfg.experts, dim, cfg.hidden), (cfg.experts, cfg.hidden, dim)
@@ -63,13 +67,15 @@ class MoeMixer(nn.Module):
         return y_BxLxD, state, aux
 
     def _route(self, x_BxLxD: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
-        """weight_BxLxE, zero where an expert isn't chosen or the token is padding; the router's loss and loads."""
+        """weight_BxLxE, zero where an expert isn't chosen or the token is padding; and aux."""
         cfg, shape = self.cfg, (x_BxLxD.shape[-1], self.cfg.experts)
         router_DxE = param(self, "router", shape, ("embed", "expert"), fan_in(), inputs=("embed",))
         bias_E = param(self, "balance_bias", shape[1:], ("expert",), zeros, role="vector")
         logits_BxLxE = jnp.einsum("bld,de->ble", x_BxLxD.astype(jnp.float32), router_DxE.astype(jnp.float32))
         score_BxLxE = jax.nn.sigmoid(logits_BxLxE)
-        _, chosen_BxLxT = jax.lax.top_k(jax.lax.stop_gradient(score_BxLxE + bias_E.astype(jnp.float32)), cfg.top_k)
+        _, chosen_BxLxT = jax.lax.top_k(
+            jax.lax.stop_gradient(score_BxLxE + bias_E.astype(jnp.float32)), cfg.top_k
+        )
         valid_BxL = (ctx.segment_ids_BxL != 0).astype(jnp.float32)
         chosen_BxLxE = jnp.sum(jax.nn.one_hot(chosen_BxLxT, cfg.experts), axis=2) * valid_BxL[..., None]
         weight_BxLxE = score_BxLxE * chosen_BxLxE
@@ -92,7 +98,7 @@ class MoeMixer(nn.Module):
         return jnp.einsum("blef,efd->bld", h_BxLxExF, down_ExFxD)
 
     def _within_capacity(self, x_BxLxD, weight_BxLxE, gate_ExDxF, up_ExDxF, down_ExFxD) -> jax.Array:
-        """Each row sends an expert its first C tokens; expert and row change places in one all-to-all each way."""
+        """Each row sends an expert its first C tokens; rows and experts change places by all-to-all."""
         cfg, length = self.cfg, x_BxLxD.shape[1]
         capacity = min(math.ceil(length * cfg.top_k * cfg.capacity_factor / cfg.experts), length)
         sent_BxLxE = (weight_BxLxE > 0).astype(jnp.int32)
@@ -104,6 +110,9 @@ class MoeMixer(nn.Module):
         h_BxExCxF = nn.silu(jnp.einsum("becd,edf->becf", x_BxExCxD, gate_ExDxF))
         h_BxExCxF *= jnp.einsum("becd,edf->becf", x_BxExCxD, up_ExDxF)
         y_BxExCxD = jnp.einsum("becf,efd->becd", h_BxExCxF, down_ExFxD)
+        # Both layouts in turn: with the second alone the compiler gathers the experts' weights instead of
+        # their outputs.
+        y_BxExCxD = constrain(y_BxExCxD, ("expert_batch", "expert", None, "embed"))
         y_BxExCxD = constrain(y_BxExCxD, ("batch", None, None, "embed"))
         back_BxLxExC = place_BxLxExC * weight_BxLxE[..., None].astype(x_BxLxD.dtype)
         return jnp.einsum("blec,becd->bld", back_BxLxExC, y_BxExCxD)
@@ -113,7 +122,9 @@ class MoeMixer(nn.Module):
         gate_DxF = param(self, "shared_gate", shape, axes, fan_in(), inputs=axes[:1])
         up_DxF = param(self, "shared_up", shape, axes, fan_in(), inputs=axes[:1])
         down_FxD = param(self, "shared_down", shape[::-1], axes[::-1], fan_in(), inputs=axes[1:])
-        h_BxLxF = nn.silu(jnp.einsum("bld,df->blf", x_BxLxD, gate_DxF)) * jnp.einsum("bld,df->blf", x_BxLxD, up_DxF)
+        h_BxLxF = nn.silu(jnp.einsum("bld,df->blf", x_BxLxD, gate_DxF)) * jnp.einsum(
+            "bld,df->blf", x_BxLxD, up_DxF
+        )
         return jnp.einsum("blf,fd->bld", h_BxLxF, down_FxD)
 
     @staticmethod

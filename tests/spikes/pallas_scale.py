@@ -1,7 +1,7 @@
 """A mixer whose work is one Pallas kernel, called on each device's own rows: y = x * scale.
 
-What every kernel to come needs of the contracts: `sharding.local` around it, a `custom_vjp` within, Mosaic where the program
-is lowered for a TPU and the interpreter elsewhere, decided at lowering.
+What every kernel to come needs of the contracts: `sharding.local` around it, a `custom_vjp` within, Mosaic
+where the program is lowered for a TPU and the interpreter elsewhere, decided at lowering.
 """
 
 import dataclasses
@@ -37,14 +37,22 @@ def _scale_rows(x_RxD: jax.Array, scale_1xD: jax.Array, block: int, interpret: b
     block = min(block, rows)
     whole_rows = pl.BlockSpec((block, dim), lambda i: (i, 0))
     return pl.pallas_call(
-        _multiply, grid=(math.ceil(rows / block),), in_specs=[whole_rows, pl.BlockSpec((1, dim), lambda i: (0, 0))],
-        out_specs=whole_rows, out_shape=jax.ShapeDtypeStruct(x_RxD.shape, x_RxD.dtype), interpret=interpret, name=KERNEL,
+        _multiply,
+        grid=(math.ceil(rows / block),),
+        in_specs=[whole_rows, pl.BlockSpec((1, dim), lambda i: (0, 0))],
+        out_specs=whole_rows,
+        out_shape=jax.ShapeDtypeStruct(x_RxD.shape, x_RxD.dtype),
+        interpret=interpret,
+        name=KERNEL,
     )(x_RxD, scale_1xD)
 
 
 def _run(x: jax.Array, scale_D: jax.Array, block: int) -> jax.Array:
     flat = x.reshape(-1, x.shape[-1]), scale_D[None]
-    branches = {interpret: functools.partial(_scale_rows, block=block, interpret=interpret) for interpret in (False, True)}
+    branches = {
+        interpret: functools.partial(_scale_rows, block=block, interpret=interpret)
+        for interpret in (False, True)
+    }
     return jax.lax.platform_dependent(*flat, tpu=branches[False], default=branches[True]).reshape(x.shape)
 
 
@@ -71,7 +79,9 @@ class PallasScaleMixer(nn.Module):
     cfg: PallasScale
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+    def __call__(
+        self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None
+    ) -> tuple[jax.Array, dict | None, dict]:
         scale_D = param(self, "scale", x_BxLxD.shape[-1:], ("embed",), ones, role="vector")
         axes = ("batch", "length", "embed")
         kernel = sharding.local(functools.partial(scale, block=self.cfg.block), (axes, axes[2:]), axes)

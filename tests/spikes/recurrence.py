@@ -1,7 +1,8 @@
-"""Gated linear recurrence: h_t = a_t * h_{t-1} + (1 - a_t) * u_t (the diagonal part of RG-LRU, De et al. 2024).
+"""Gated linear recurrence: h_t = a_t * h_{t-1} + (1 - a_t) * u_t (the diagonal part of RG-LRU, De et al.
+2024).
 
-All tokens at once by an associative scan, in float32. Position 0 sets a_t to 0, so nothing of the document before is left, not
-even in a sum; padding sets a_t to 1 and adds nothing, so the state passes it unchanged.
+All tokens at once by an associative scan, in float32. Position 0 sets a_t to 0, so nothing of the document
+before is left, not even in a sum; padding sets a_t to 1 and adds nothing, so the state passes it unchanged.
 """
 
 import dataclasses
@@ -26,7 +27,9 @@ class LinearRecurrenceMixer(nn.Module):
     cfg: LinearRecurrence
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+    def __call__(
+        self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None
+    ) -> tuple[jax.Array, dict | None, dict]:
         dim, width = x_BxLxD.shape[-1], self.cfg.width
         u_DxN = param(self, "input", (dim, width), ("embed", "state"), fan_in(), inputs=("embed",))
         gate_DxN = param(self, "gate", (dim, width), ("embed", "state"), fan_in(), inputs=("embed",))
@@ -48,7 +51,9 @@ class LinearRecurrenceMixer(nn.Module):
 
     @staticmethod
     def init_state(cfg: LinearRecurrence, batch: int, dim: int, max_len: int, dtype: jnp.dtype) -> dict:
-        return {"h_BxN": jnp.zeros((batch, cfg.width), jnp.float32)}  # sums over a whole document: always float32
+        return {
+            "h_BxN": jnp.zeros((batch, cfg.width), jnp.float32)
+        }  # sums over a whole document: always float32
 
     @staticmethod
     def state_axes(cfg: LinearRecurrence) -> dict:
@@ -60,7 +65,9 @@ class LinearRecurrenceMixer(nn.Module):
         return 6.0 * dim * cfg.width
 
 
-def _then(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _then(
+    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """h -> a2 * (a1 * h + b1) + b2."""
     (a1, b1), (a2, b2) = first, second
     return a1 * a2, a2 * b1 + b2

@@ -1,9 +1,10 @@
-"""A gated value whose layers mix in the value of the first layer, passed to them through the scan (RWKV-7, 2025; value
-residual learning, Zhou et al. 2024).
+"""A gated value whose layers mix in the value of the first layer, passed to them through the scan (RWKV-7,
+2025; value residual learning, Zhou et al. 2024).
 
-    v = x @ value; in layer 0 the shared value becomes v; later v <- v + mix * (shared - v);  y = (sigmoid(gate(x)) * v) @ output
+    v = x @ value; in layer 0 the shared value becomes v; later v <- v + mix * (shared - v)
+    y = (sigmoid(gate(x)) * v) @ output
 
-It doesn't look sideways and has no decode state: each call runs layer 0 first, which makes the shared value anew.
+It doesn't look sideways and has no decode state: each call runs layer 0 first, which makes the value anew.
 """
 
 import dataclasses
@@ -30,7 +31,9 @@ class ValueResidualMixer(nn.Module):
     cfg: ValueResidual
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+    def __call__(
+        self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None
+    ) -> tuple[jax.Array, dict | None, dict]:
         dim, width = x_BxLxD.shape[-1], self.cfg.width
         value_DxN = param(self, "value", (dim, width), ("embed", "state"), fan_in(), inputs=("embed",))
         gate_DxN = param(self, "gate", (dim, width), ("embed", "state"), fan_in(), inputs=("embed",))
