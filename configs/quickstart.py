@@ -7,8 +7,17 @@ import dataclasses
 
 from research.models.attention import Attention
 from research.models.mlp import GatedMlp
-from research.schema import (CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig,
-                             Validation)
+from research.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Source,
+    Stage,
+    TrainConfig,
+    Validation,
+)
 
 
 def quickstart() -> Config:
@@ -42,7 +51,9 @@ def debug() -> Config:
     """Seconds, no files: synthetic text, bytes, a model of two narrow layers. For trying things and for tests."""
     return Config(
         name="debug",
-        model=ModelConfig(vocab_size=264, dim=32, max_len=128, stages=(Stage((Attention(heads=4), GatedMlp(hidden=64)), repeats=2),)),
+        model=ModelConfig(
+            vocab_size=264, dim=32, max_len=128,
+            stages=(Stage((Attention(heads=4), GatedMlp(hidden=64)), repeats=2),)),
         data=DataConfig(sources=(Source("synthetic", {"documents": 400, "length": 200}),), seq_len=64, holdout=0.1,
                         validation=(Validation(max_rows=16),)),
         optim=OptimConfig(lr=1e-2, warmup_steps=5),

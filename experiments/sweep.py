@@ -1,4 +1,6 @@
-"""Runs a grid of trainings: `python -m experiments.sweep plan|run|report --config=debug --workdir=DIR --vary optim.lr=1e-3,3e-3`
+"""Runs a grid of trainings.
+
+    python -m experiments.sweep plan|run|report --config=debug --workdir=DIR --vary optim.lr=1e-3,3e-3
 
 A sweep is data: a list of override dicts, put together by product, zip and chain.
   --vary KEY=V1,V2            all values; several --vary multiply
@@ -115,7 +117,8 @@ def planned(cells: Sequence[Cell], preset: Config, workdir: str) -> list[dict[st
         tokens = config.train.steps * program.tokens_per_step
         run = os.path.join(workdir, f"cell-{cell_id(cell)}")
         rows.append({"cell": cell_id(cell), "overrides": cell, "seed": config.seed, "workdir": run, "status": status(run),
-                     "params": program.model.param_counts()["total"], "tokens": tokens, "flops": tokens * program.flops_per_token})
+                     "params": program.model.param_counts()["total"], "tokens": tokens,
+                     "flops": tokens * program.flops_per_token})
     return rows
 
 
@@ -170,7 +173,8 @@ def run_cells(rows: Sequence[dict[str, Any]], jobs: int, minutes: float | None) 
                     over = True
                 elif process.returncode:
                     failed.append(row["cell"])
-                    logging.warning("cell %s failed (exit code %d): %s", row["cell"], process.returncode, last_line(row["workdir"]))
+                    logging.warning("cell %s failed (exit code %d): %s", row["cell"], process.returncode,
+                                    last_line(row["workdir"]))
                 else:
                     bar.update(1)
                     logging.info("cell %s finished: %s", row["cell"], row["overrides"])
@@ -245,7 +249,8 @@ def draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], path: str) -> No
             xs = [str(x) for x in xs]
         elif min(xs) > 0 and max(xs) / min(xs) > 5:
             plot.set_xscale("log")
-        plot.errorbar(xs, [r["final_eval_loss"] for r in shown], yerr=[r["final_eval_loss_se"] for r in shown], fmt="o", capsize=3)
+        plot.errorbar(xs, [r["final_eval_loss"] for r in shown], yerr=[r["final_eval_loss_se"] for r in shown], fmt="o",
+                      capsize=3)
         plot.set(xlabel=key, ylabel="held-out loss (nats/token)")
         plot.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -15,7 +15,8 @@ from research.training.loop import Launch, run
 command_line.define_config_flags()
 command_line.define_json_flag()
 flags.DEFINE_string("workdir", None, "Directory of the run; made if missing, continued if it holds one.")
-flags.DEFINE_float("minutes", None, "Stop cleanly after so many minutes (exit code 75); the next call goes on.", lower_bound=0.0)
+flags.DEFINE_float("minutes", None, "Stop cleanly after so many minutes (exit code 75); the next call goes on.",
+                   lower_bound=0.0)
 flags.DEFINE_string("prediction", None, "A prediction file to register at step 0 (copied into the workdir).")
 flags.DEFINE_integer("profile_steps", 0, "Trace so many steps for TensorBoard's profile tab.", lower_bound=0)
 flags.adopt_module_key_flags(command_line)

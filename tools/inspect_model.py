@@ -82,8 +82,8 @@ def main(_: list[str]) -> int:
          row["sharding"].removeprefix("PartitionSpec").removeprefix("P"), f"{row['params']:,}"] for row in weights])
     print(f"\n{config.name}: {whole['family']}, {whole['params']:,} parameters ({whole['active_params']:,} active, "
           f"{whole['non_embedding_params']:,} non-embedding), {params_bytes:,} bytes\n"
-          f"{whole['flops_per_token']:,.0f} training FLOPs a token at length {config.data.seq_len}; decode state of a sequence of "
-          f"4096: {whole['state_bytes_4096']:,} bytes\nmesh {axes or 'one device'}, rules {config.mesh.rules}")
+          f"{whole['flops_per_token']:,.0f} training FLOPs a token at length {config.data.seq_len}; decode state of a sequence "
+          f"of 4096: {whole['state_bytes_4096']:,} bytes\nmesh {axes or 'one device'}, rules {config.mesh.rules}")
     return 0
 
 

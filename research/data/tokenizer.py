@@ -13,7 +13,6 @@ from research.data.vocabulary import BOS, DESCRIPTION, EOS, MASK, MODEL, PAD, SP
 from research.errors import InputError
 
 
-
 class Tokenizer(Protocol):
     """Ids 0-4 are `SPECIALS` in every tokenizer; `encode` never gives one of them, whatever the text.
 

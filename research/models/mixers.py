@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from research.config import MixerConfig
 from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
-from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 from research.models.context import Context
+from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 
 
 class Mixer(NamedTuple):

@@ -82,7 +82,8 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
             raise InputError("--prediction", f"{launch.prediction} does not exist", "name the file that predict wrote")
         data = pipeline.prepare(config.data, config.model.vocab_size, config.seed, quiet=launch.quiet)
         if data.tokenizer.vocab_size > config.model.vocab_size:
-            raise InputError("model.vocab_size", f"{config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size}",
+            raise InputError("model.vocab_size",
+                             f"{config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size}",
                              f"set model.vocab_size={data.tokenizer.vocab_size}")
         workdir.mkdir(parents=True, exist_ok=True)
         first = jax.process_index() == 0

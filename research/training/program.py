@@ -63,7 +63,8 @@ def make_program(config: Config, devices: Sequence[Any] | None = None) -> Progra
     mesh = sharding.make_mesh(config.mesh, devices)
     parts, rows = sharding.batch_divisor(mesh, rules), config.train.batch_size // config.train.microbatches
     if rows % parts:
-        raise InputError("train.batch_size", f"{rows} rows a microbatch cannot be divided over {parts} batch shards of the mesh",
+        raise InputError("train.batch_size",
+                         f"{rows} rows a microbatch cannot be divided over {parts} batch shards of the mesh",
                          f"use a multiple of {parts * config.train.microbatches}, or put devices on another mesh axis")
     if config.data.seq_len % mesh.shape["context"]:
         raise InputError("mesh.context", f"{mesh.shape['context']} does not divide data.seq_len={config.data.seq_len}",

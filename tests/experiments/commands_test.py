@@ -61,7 +61,8 @@ def test_inspect_model(home):
     listed = json.loads(call(home, "tools.inspect_model", "--list", "--json").stdout)["presets"]
     assert {"name", "family", "params", "active_params", "flops_per_token", "state_bytes_4096"} <= set(listed[0])
     assert "quickstart" in {row["name"] for row in listed}
-    shown = json.loads(call(home, "tools.inspect_model", "--config=quickstart", "--chips=4", "--set=mesh.rules=fsdp", "--json").stdout)
+    shown = json.loads(call(home, "tools.inspect_model", "--config=quickstart", "--chips=4", "--set=mesh.rules=fsdp",
+                            "--json").stdout)
     assert sum(row["params"] for row in shown["weights"]) == shown["params"]
     query = next(row for row in shown["weights"] if row["path"].endswith("attention_0/query"))
     assert query["axes"] == ["layers", "embed", "heads", "head_dim"] and "fsdp" in query["sharding"]

@@ -1,4 +1,4 @@
-"""The first steps of the debug preset, to four digits: a change of initialisation, data order, objective or optimizer shows here."""
+"""The first steps of the debug preset, to four digits: a change of initialisation, data, objective or optimizer shows here."""
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from research.training.state import init_state
 from tests.training.common import one_device
 
 # Made by this test's own program on jax 0.10.2; jax 0.12 gives the same (threefry and the order of data don't change).
-LOSSES = ()
-GRAD_NORMS = ()
+LOSSES = (5.88841, 5.46376, 4.94414, 4.40598)
+GRAD_NORMS = (13.33849, 13.52625, 4.77554, 3.81819)
 
 
 def test_golden_first_steps(tmp_path):

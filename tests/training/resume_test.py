@@ -124,7 +124,7 @@ def test_killed_and_resumed(undisturbed, cache, tmp_path):
     process = subprocess.Popen(arguments(config, tmp_path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if any(p.name == "4" for p in epath.Path(tmp_path / "checkpoints").iterdir()) if (tmp_path / "checkpoints").exists() else False:
+        if (tmp_path / "checkpoints" / "4").exists():
             break
         time.sleep(0.002)
     process.kill()
@@ -174,9 +174,9 @@ def test_params_load_by_path_and_say_what_is_missing(undisturbed, cache, tmp_pat
     workdir, config, result = undisturbed
     params, step = load_params(workdir)
     assert step == STEPS and params_sha256(params) == result["params_sha256"]
-    deeper = override(config, {"train.init_from": str(workdir), "model.tie_embeddings": True, "train.steps": 1, "optim.warmup_steps": 0,
-                               "optim.lr": 0.0})
-    run(deeper, Launch(str(tmp_path), preset("debug"), quiet=True))
+    tied = override(config, {"train.init_from": str(workdir), "model.tie_embeddings": True, "train.steps": 1,
+                             "optim.warmup_steps": 0, "optim.lr": 0.0})
+    run(tied, Launch(str(tmp_path), preset("debug"), quiet=True))
     loaded, _ = load_params(tmp_path)
     np.testing.assert_array_equal(flatten(loaded)["embedding/table"], flatten(params)["embedding/table"])
     assert "unembedding/kernel is not used by this model" in caplog.text

@@ -71,7 +71,8 @@ def collectives(text: str) -> dict[str, dict[int, int]]:
     pattern = re.compile(rf"= (\(?[a-z0-9]+\[.*?) ({'|'.join(KINDS)})(?:-start)?\(.*?channel_id=(\d+)")
     for line in text.splitlines():
         if match := pattern.search(line):
-            sizes = [math.prod(map(int, dims.split(","))) if dims else 1 for dims in re.findall(r"[a-z0-9]+\[([\d,]*)\]", match[1])]
+            shapes = re.findall(r"[a-z0-9]+\[([\d,]*)\]", match[1])
+            sizes = [math.prod(map(int, dims.split(","))) if dims else 1 for dims in shapes]
             channels = found[match[2]]
             channel = int(match[3])
             channels[channel] = max(sizes + ([channels[channel]] if channel in channels else []))
