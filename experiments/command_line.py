@@ -9,6 +9,7 @@ import jax
 from absl import app, flags, logging
 
 from configs import preset
+from research.allocator import keep_freed_memory
 from research.config import nearest, override, parse_assignments
 from research.errors import Diverged, InputError, Interrupted
 from research.schema import EXIT_BAD_INPUT, Config
@@ -33,8 +34,21 @@ def configured() -> tuple[Config, Config]:
     return override(chosen, parse_assignments(flags.FLAGS["set"].value)), chosen
 
 
+_answer = 1  # the file descriptor that print_json writes to
+
+
+def _claim_output() -> None:
+    """Under --json, whatever else writes to standard output (gloo does, in C++) goes to standard error."""
+    global _answer
+    if "json" in flags.FLAGS and flags.FLAGS["json"].value:
+        _answer = os.dup(1)
+        os.dup2(2, 1)
+
+
 def print_json(data: Mapping[str, Any]) -> None:
-    print(json.dumps(data, indent=2, allow_nan=False), flush=True)
+    sys.stdout.flush()
+    with os.fdopen(os.dup(_answer), "w") as file:
+        file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -81,10 +95,33 @@ class _Formatter(logging.PythonFormatter):
 
 
 def set_up_jax() -> None:
-    """The persistent compilation cache ($RUNG_CACHE/xla), and this process's place in a multi-host job."""
+    """The compilation cache ($RUNG_CACHE/xla), the allocator, and this process's place in a job of several."""
     cache = os.path.expanduser(os.environ["RUNG_CACHE"] if "RUNG_CACHE" in os.environ else "~/.cache/rung")
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    keep_freed_memory()
+    join_job()
+
+
+def join_job() -> None:
+    """jax.distributed, where the environment says that this is one process of several.
+
+    On the hosts of a TPU slice, the runtime's own variables do. Elsewhere set JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID; CPU processes then talk through gloo.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if name in os.environ]
+    if given:
+        if len(given) < len(names):
+            missing = ", ".join(name for name in names if name not in given)
+            raise InputError(missing, f"is missing beside {', '.join(given)}", "set all three or none")
+        address, count, index = (os.environ[name] for name in names)
+        if not count.isdigit() or not index.isdigit() or int(index) >= int(count):
+            raise InputError("JAX_PROCESS_ID", f"{index!r} of JAX_NUM_PROCESSES={count!r}", "count processes from 0")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, int(count), int(index))
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
 
 
 def run(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> None:
@@ -94,8 +131,9 @@ def run(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> 
 
     def guarded(argv: list[str]) -> int | None:
         _quiet_logs()
-        set_up_jax()
+        _claim_output()
         try:
+            set_up_jax()
             return main(argv)
         except InputError as error:
             _fail(error)

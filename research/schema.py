@@ -127,12 +127,23 @@ class DataConfig(Node):
 
 
 @dataclasses.dataclass(frozen=True)
+class RoleLr(Node):
+    """Factors on the learning rate (and with it the decay) of the weights of a role; 0 freezes it. A tied embedding takes
+    input * output."""
+
+    input: NonNegative = 1.0
+    output: NonNegative = 1.0
+    vector: NonNegative = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig(Node):
-    """`lr` is the peak. `decay_steps`: length of the final decay (wsd) or, for the others, 0 = until the last step."""
+    """`lr` is the peak. `decay_steps`: length of the final decay (wsd), time scale (rsqrt; 0 = warmup_steps) or, for the
+    others, of the decay after the warm-up, 0 = until the last step."""
 
     name: str = "adamw"
     lr: NonNegative = 1e-3
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "rsqrt"] = "cosine"
     warmup_steps: Natural = 0
     decay_steps: Natural = 0
     weight_decay: NonNegative = 0.0
@@ -141,11 +152,16 @@ class OptimConfig(Node):
     eps: PositiveFloat = 1e-8
     clip_norm: NonNegative = 1.0
     z_loss: NonNegative = 0.0
+    role_lr: RoleLr = RoleLr()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Node):
-    """`*_every` are in steps, 0 = never; `init_from` is a run directory whose parameters are loaded by path."""
+    """`*_every` are in steps, 0 = never; `init_from` is a run directory whose parameters are loaded by path.
+
+    `ema`: decay of the moving average of the parameters that is evaluated, sampled and exported instead of them, 0 = off.
+    `average`: the mean of the parameters of so many last checkpoints is evaluated at the end, too, 0 = off.
+    """
 
     objective: str = "next_token"
     steps: Positive = 1000
@@ -156,6 +172,8 @@ class TrainConfig(Node):
     sample_every: Natural = 0
     sample_prompt: str = "def "
     init_from: str | None = None
+    ema: Fraction = 0.0
+    average: Natural = 0
 
     def validate(self):
         if self.batch_size % self.microbatches:

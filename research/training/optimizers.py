@@ -1,14 +1,18 @@
 """Optimizers and schedules: two tables. Each optimizer is a pure optax pair; masks and groups come from the weights' roles."""
 
 import math
-from typing import Callable, Mapping
+from typing import Any, Callable, Mapping, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from research.config import nearest
 from research.errors import InputError
 from research.params import Weight, unflatten
 from research.schema import OptimConfig
+from research.training.adafactor import scale_by_factored_moment
+from research.training.muon import muon_direction
 
 Schedule = Callable[[int], float]  # step -> learning rate
 
@@ -40,7 +44,13 @@ def wsd(config: OptimConfig, steps: int) -> Schedule:
     return optax.join_schedules(parts, [stable])
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
+def rsqrt(config: OptimConfig, steps: int) -> Schedule:
+    """lr * sqrt(t / (t + step)) after the warm-up, t = decay_steps, or 0: warmup_steps (Vaswani et al. 2017, section 5.3)."""
+    scale = config.decay_steps or max(config.warmup_steps, 1)
+    return lambda step: config.lr * jnp.sqrt(scale / (scale + jnp.maximum(step, 0)))
+
+
+SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd, "rsqrt": rsqrt}
 
 
 def make_schedule(config: OptimConfig, steps: int) -> Schedule:
@@ -57,24 +67,93 @@ def decay_mask(weights: Mapping[str, Weight]) -> dict:
     return unflatten({path: weight.role != "vector" for path, weight in weights.items()})
 
 
+def lr_factors(config: OptimConfig, weights: Mapping[str, Weight]) -> dict[str, float]:
+    """Path -> factor on the learning rate, by role; a tied embedding has both of its roles'."""
+    by_role = {"hidden": 1.0, "input": config.role_lr.input, "output": config.role_lr.output, "vector": config.role_lr.vector}
+    return {path: math.prod(by_role[role] for role in weight.role.split("+")) for path, weight in weights.items()}
+
+
+def descend(direction: optax.GradientTransformation, config: OptimConfig, schedule: Schedule,
+            weights: Mapping[str, Weight]) -> optax.GradientTransformation:
+    """params -= schedule * factor of the role * (direction + weight_decay * params): what every row ends with.
+
+    The decay is decoupled (Loshchilov and Hutter 2019) and, as theirs in PyTorch, multiplied by the learning rate.
+    """
+    factors = lr_factors(config, weights)
+    parts = [direction, optax.add_decayed_weights(config.weight_decay, mask=decay_mask(weights))]
+    if set(factors.values()) - {1.0}:
+        tree = unflatten(factors)
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, tree)))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
 def adamw(config: OptimConfig, schedule: Schedule, weights: Mapping[str, Weight]) -> optax.GradientTransformation:
-    """Loshchilov and Hutter 2019; the decay is multiplied by the learning rate."""
-    return optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
-                       mask=decay_mask(weights))
+    """Loshchilov and Hutter 2019."""
+    return descend(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps), config, schedule, weights)
 
 
 def sgd(config: OptimConfig, schedule: Schedule, weights: Mapping[str, Weight]) -> optax.GradientTransformation:
-    """Heavy-ball momentum b1 (0: none); weight decay decoupled, as in adamw."""
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(weights))
-    momentum = [optax.trace(decay=config.b1)] if config.b1 else []
-    return optax.chain(*momentum, decay, optax.scale_by_learning_rate(schedule))
+    """Heavy-ball momentum b1 (0: none)."""
+    momentum = optax.trace(decay=config.b1) if config.b1 else optax.identity()
+    return descend(momentum, config, schedule, weights)
 
 
-OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+def lion(config: OptimConfig, schedule: Schedule, weights: Mapping[str, Weight]) -> optax.GradientTransformation:
+    """Chen et al. 2023: the sign of an interpolated momentum. Its lr is 3-10 times smaller than AdamW's, its decay larger by
+    the same factor; the paper has b2 = 0.99, and 0.98 for language models."""
+    return descend(optax.scale_by_lion(b1=config.b1, b2=config.b2), config, schedule, weights)
+
+
+def adafactor(config: OptimConfig, schedule: Schedule, weights: Mapping[str, Weight]) -> optax.GradientTransformation:
+    """Factored second moments, then momentum b1 (0: none, which is what saves the memory); lr as AdamW's."""
+    momentum = optax.ema(config.b1, debias=True) if config.b1 else optax.identity()
+    return descend(optax.chain(scale_by_factored_moment(weights, config.b2), momentum), config, schedule, weights)
+
+
+def muon(config: OptimConfig, schedule: Schedule, weights: Mapping[str, Weight]) -> optax.GradientTransformation:
+    """Orthogonalised momentum for hidden matrices, AdamW (b1, b2, eps) for the rest; lr and weight decay as AdamW's."""
+    return descend(muon_direction(config, weights), config, schedule, weights)
+
+
+def schedule_free(config: OptimConfig, schedule: Schedule, weights: Mapping[str, Weight]) -> optax.GradientTransformation:
+    """Schedule-free AdamW (Defazio et al. 2024): gradients at y = b1 x + (1 - b1) z, where z takes Adam's steps without
+    momentum and x is the average of z, weighted by the squared learning rate. The parameters trained are y; what is
+    evaluated is x (`evaluated`).
+
+    Raises:
+      InputError: a schedule that falls (the average stands for it), or b1 = 0.
+    """
+    if config.schedule != "constant":
+        raise InputError("optim.schedule", f"is {config.schedule!r}, but schedule_free has none after the warm-up",
+                         "set optim.schedule=constant")
+    if not config.b1:
+        raise InputError("optim.b1", "is 0, but schedule_free interpolates by it", "set optim.b1=0.9")
+    second_moment = optax.scale_by_rms(decay=config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=True)
+    # optax counts the averaging's steps from one, the descent's from zero.
+    return optax.contrib.schedule_free(descend(second_moment, config, schedule, weights),
+                                       lambda count: schedule(count - 1), b1=config.b1)
+
+
+class Row(NamedTuple):
+    """`make` -> the optimizer. `evaluated` (optimizer state, params) -> the parameters that evaluation and sampling use,
+    where they aren't the trained ones."""
+
+    make: Callable[[OptimConfig, Schedule, Mapping[str, Weight]], optax.GradientTransformation]
+    evaluated: Callable[[optax.OptState, Any], Any] | None = None
+
+
+OPTIMIZERS = {
+    "adamw": Row(adamw),
+    "sgd": Row(sgd),
+    "lion": Row(lion),
+    "adafactor": Row(adafactor),
+    "muon": Row(muon),
+    "schedule_free": Row(schedule_free, optax.contrib.schedule_free_eval_params),
+}
 
 
 def make_optimizer(config: OptimConfig, steps: int, weights: Mapping[str, Weight]) -> optax.GradientTransformation:
     """The named optimizer. Clipping is done before, by the step, which measures the norm anyway."""
     if config.name not in OPTIMIZERS:
         raise InputError("optim.name", f"unknown {config.name!r}", nearest(config.name, list(OPTIMIZERS)))
-    return OPTIMIZERS[config.name](config, make_schedule(config, steps), weights)
+    return OPTIMIZERS[config.name].make(config, make_schedule(config, steps), weights)

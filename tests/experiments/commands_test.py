@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -106,33 +107,28 @@ def test_minutes_stop_a_run_that_goes_on(home):
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(home):
-    """jax.distributed with gloo: the same parameters as one process with as many devices, to float32 rounding."""
-    script = ("import jax, sys\n"
-              "jax.config.update('jax_cpu_collectives_implementation', 'gloo')\n"
-              "jax.distributed.initialize(f'localhost:{sys.argv[1]}', int(sys.argv[2]), int(sys.argv[3]))\n"
-              "from configs import preset\nfrom research.config import override\n"
-              "from research.training.loop import Launch, run\n"
-              "config = override(preset('debug'), {'data.cache_dir': sys.argv[5], 'train.steps': 6})\n"
-              "result = run(config, Launch(sys.argv[4], preset('debug'), quiet=True))\n"
-              "print('LOSS', result['final_eval_loss'])\n")
-    import socket
-
+    """Through jax.distributed and gloo: the loss of one process with as many devices, to float32 rounding."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    start = lambda n, i, path: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-c", script, str(port), str(n), str(i), str(path), str(home)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
-    pair = [start(2, i, home / "pair") for i in range(2)]
-    outputs = [process.communicate(timeout=400) for process in pair]
-    assert all(process.returncode == 0 for process in pair), outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    alone = start(1, 0, home / "alone")
-    output = alone.communicate(timeout=400)
-    assert alone.returncode == 0, output[1][-2000:]
-    loss = [float(text.split("LOSS")[1]) for text, _ in [*outputs, output]]
-    assert loss[0] == loss[1] and abs(loss[0] - loss[2]) < 1e-5
+        address = f"localhost:{probe.getsockname()[1]}"
+
+    def start(count: int, index: int, devices: int, workdir) -> subprocess.Popen:
+        job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        env = {**os.environ, "RUNG_CACHE": str(home), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+               **(job if count > 1 else {})}
+        words = [sys.executable, "-m", "experiments.train", "--config=debug", "--set=train.steps=6", "--json",
+                 f"--workdir={workdir}", f"--set=data.cache_dir={home}"]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=env)
+
+    results = []
+    for processes in ([start(2, i, 2, home / "pair") for i in range(2)], [start(1, 0, 4, home / "alone")]):
+        for process in processes:
+            output, errors = process.communicate(timeout=400)
+            assert process.returncode == 0, errors[-3000:]
+            results.append(json.loads(output))
+    losses = [result["final_eval_loss"] for result in results]
+    assert losses[0] == losses[1] and abs(losses[0] - losses[2]) < 1e-5
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
 
 
 BAD = [
@@ -150,6 +146,7 @@ BAD = [
     ("experiments.train", ["--config=debug", "--set=train.init_from=nowhere"], "train.init_from: nowhere has no checkpoint"),
     ("tools.generate", ["--prompt=a"], "has no config.json"),
     ("tools.generate", ["--prompt_ids=1,x"], "has no config.json"),
+    ("tools.generate", ["--prompt=a", "--prompt_ids=1"], "--prompt: give either --prompt or --prompt_ids"),
     ("experiments.sweep", ["rum", "--config=debug"], "verb: unknown 'rum'; did you mean run?"),
 ]
 

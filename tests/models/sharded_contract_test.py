@@ -1,5 +1,6 @@
 """One device = four devices, for every mixer and every rule: values, gradients, losses and statistics."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from research import sharding
+from research.models.context import Context
 from research.params import Declared, Weight, flatten, unflatten
 from research.schema import MeshConfig
 from tests.models.cases import CASES, DIM
@@ -118,3 +120,22 @@ def test_four_devices_give_what_one_gives(row: str, rules_name: str, devices):
     assert_close(outputs, expected_outputs, what="outputs")
     assert_close(grads, expected_grads, what="gradients")
     assert len(outputs[0][0].sharding.device_set) == 4
+
+
+@pytest.mark.parametrize("platform, kernels", [("tpu", 2), ("cpu", 0)])
+def test_the_platform_picks_the_kernel_at_lowering(platform, kernels, devices):
+    """Lowered for a TPU on this machine, the sharded step holds Mosaic calls, forward and backward; else none."""
+    case = CASES["PallasScale"]["blocks"]
+    mesh, rules = sharding.make_mesh(MESHES["fsdp"], devices), sharding.rules_named("fsdp")
+    rows = sharding.batch_sharding(mesh, rules, ("batch", "length", None))
+    x = jax.ShapeDtypeStruct((4, 128, 128), jnp.float32, sharding=rows)
+    cfg = dataclasses.replace(case.cfg, block=64)
+
+    def loss(params, x):
+        y, _, _ = apply(cfg, params, x, Context(*[jnp.ones((4, 128), jnp.int32)] * 2))
+        return jnp.sum(y**2)
+
+    with sharding.use(mesh, rules):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace({"scale": jnp.ones(128)}, x)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("tpu_custom_call") == kernels
