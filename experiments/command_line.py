@@ -9,7 +9,6 @@ import jax
 from absl import app, flags, logging
 
 from configs import preset
-from research.allocator import keep_freed_memory
 from research.config import nearest, override, parse_assignments
 from research.errors import Diverged, InputError, Interrupted
 from research.schema import EXIT_BAD_INPUT, Config
@@ -95,11 +94,10 @@ class _Formatter(logging.PythonFormatter):
 
 
 def set_up_jax() -> None:
-    """The compilation cache ($RUNG_CACHE/xla), the allocator, and this process's place in a job of several."""
+    """The compilation cache ($RUNG_CACHE/xla), and this process's place in a job of several."""
     cache = os.path.expanduser(os.environ["RUNG_CACHE"] if "RUNG_CACHE" in os.environ else "~/.cache/rung")
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    keep_freed_memory()
     join_job()
 
 
@@ -120,7 +118,7 @@ def join_job() -> None:
             raise InputError("JAX_PROCESS_ID", f"{index!r} of JAX_NUM_PROCESSES={count!r}", "count processes from 0")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, int(count), int(index))
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    elif "," in (os.environ["TPU_WORKER_HOSTNAMES"] if "TPU_WORKER_HOSTNAMES" in os.environ else ""):
         jax.distributed.initialize()
 
 

@@ -74,7 +74,7 @@ def chain(*axes: Iterable[Mapping]) -> list[Cell]:
 def axis(assignment: str, flag: str = "--vary") -> list[Cell]:
     """`optim.lr=1e-3,3e-3` -> [{"optim.lr": "1e-3"}, {"optim.lr": "3e-3"}]."""
     key, equals, values = assignment.partition("=")
-    if not equals or not values:
+    if not equals or not values or not key.strip():
         raise InputError(flag, f"{assignment!r} is not KEY=V1,V2", "e.g. --vary optim.lr=1e-3,3e-3")
     return [{key.strip(): value.strip()} for value in values.split(",")]
 

@@ -19,6 +19,8 @@ flags.DEFINE_float("minutes", None, "Stop cleanly after so many minutes (exit co
                    lower_bound=0.0)
 flags.DEFINE_string("prediction", None, "A prediction file to register at step 0 (copied into the workdir).")
 flags.DEFINE_integer("profile_steps", 0, "Trace so many steps for TensorBoard's profile tab.", lower_bound=0)
+flags.DEFINE_string("webhook", None, "An address that is sent one JSON POST at the end of the run, or when it fails.")
+flags.DEFINE_string("wandb", None, "A Weights & Biases project to mirror the run in (needs the package wandb).")
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
@@ -27,7 +29,8 @@ def main(_: list[str]) -> int:
     if not FLAGS.workdir:
         raise InputError("--workdir", "is missing", "name a directory for the run, e.g. --workdir=runs/first")
     config, preset = command_line.configured()
-    launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps)
+    launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps,
+                    webhook=FLAGS.webhook, wandb=FLAGS.wandb)
     result = run(config, launch)
     if FLAGS.json:
         command_line.print_json(result)
@@ -40,6 +43,8 @@ def print_summary(name: str, result: dict) -> None:
     """What came out, and what a person would want next."""
     print(f"\n{name}: {result['steps']} steps, {result['tokens']:,} tokens, {result['params']['total']:,} parameters, "
           f"{result['tokens_per_second']:,.0f} tokens/s, MFU {100 * result['mfu']:.0f}%")
+    if result["status"] == "saturated":
+        print(f"  saturated: the held-out loss stopped improving, so the run ended at step {result['steps']}")
     for dataset, r in result["final_eval"].items():
         print(f"  {dataset}: {r['loss']:.4f} +- {r['se']:.4f} nats/token, perplexity {r['perplexity']:.2f}, "
               f"{r['bits_per_byte']:.4f} bits/byte  ({r['tokens']:,} tokens of {r['documents']} documents)")

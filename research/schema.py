@@ -22,8 +22,15 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 METRICS_PREFIX = "metrics-"
 LEDGER_PREFIX = "ledger-"
+EVALUATION_PREFIX = "evaluation-"
 LEDGER_EVENTS = ("started", "resumed", "preempted", "saved", "restored", "quarantined", "rolled_back", "skipped",
                  "alarm", "predicted", "scored", "finished")
+
+
+def evaluation_file(name: str) -> str:
+    """The file of a set's last evaluation by document: `heldout/average` is in evaluation-heldout.average.jsonl."""
+    return f"{EVALUATION_PREFIX}{name.replace('/', '.')}.jsonl"
+
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -90,11 +97,25 @@ class ModelConfig(Node):
 
 @dataclasses.dataclass(frozen=True)
 class Source(Node):
-    """A row of SOURCES by name, its arguments, and its share of the mixture (weights need not sum to one)."""
+    """A row of SOURCES by name, its arguments, and its share of the mixture (weights need not sum to one).
+
+    The weight may change while training: from `weight` at sample 0 it goes in straight lines through `later_weights`, one
+    at each of `at_samples` (a sample is a row of data.seq_len tokens), and stays at the last. A point at sample 0 replaces
+    `weight`: at_samples=(0, 5000), later_weights=(0, 1) fades a source in.
+    """
 
     name: str
     args: dict = dataclasses.field(default_factory=dict)
     weight: PositiveFloat = 1.0
+    at_samples: tuple[Natural, ...] = ()
+    later_weights: tuple[NonNegative, ...] = ()
+
+    def validate(self):
+        if len(self.at_samples) != len(self.later_weights):
+            raise InputError("later_weights", f"{len(self.later_weights)} weights at {len(self.at_samples)} points "
+                             "(at_samples)", "give one weight for each point")
+        if list(self.at_samples) != sorted(set(self.at_samples)):
+            raise InputError("at_samples", f"{', '.join(map(str, self.at_samples))} don't rise", "put them in order")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +181,8 @@ class TrainConfig(Node):
     """`*_every` are in steps, 0 = never; `init_from` is a run directory whose parameters are loaded by path.
 
     `ema`: decay of the moving average of the parameters that is evaluated, sampled and exported instead of them, 0 = off.
-    `average`: the mean of the parameters of so many last checkpoints is evaluated at the end, too, 0 = off.
+    `stop_after_flat`: end the run ("saturated") after so many evaluations of the first set without an improvement beyond
+    its standard error, 0 = off. `average`: the mean of the parameters of so many last checkpoints is evaluated at the end, too, 0 = off.
     """
 
     objective: str = "next_token"
@@ -174,11 +196,15 @@ class TrainConfig(Node):
     init_from: str | None = None
     ema: Fraction = 0.0
     average: Natural = 0
+    stop_after_flat: Natural = 0
 
     def validate(self):
         if self.batch_size % self.microbatches:
             raise InputError("microbatches", f"{self.microbatches} does not divide train.batch_size={self.batch_size}",
                              "choose a divisor")
+        if self.stop_after_flat and not self.eval_every:
+            raise InputError("stop_after_flat", f"{self.stop_after_flat} counts evaluations, and eval_every is 0",
+                             "set train.eval_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +247,8 @@ class Config(Node):
         if self.data.seq_len > self.model.max_len:
             raise InputError("data.seq_len", f"{self.data.seq_len} is above model.max_len={self.model.max_len}",
                              "raise model.max_len or shorten the rows")
+        if self.train.stop_after_flat and not self.data.validation:
+            raise InputError("train.stop_after_flat", "needs an evaluation set", "name one in data.validation")
         if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps:
             raise InputError("optim.warmup_steps", f"{self.optim.warmup_steps} leaves nothing of train.steps="
                              f"{self.train.steps}", "warm up for fewer steps")

@@ -1,1 +1,5 @@
-"""Commands around a run: generate, inspect, and what the later rooms add."""
+"""Commands around a run: generate, inspect, measure."""
+
+from research import environment
+
+environment.prepare()  # before any of them imports JAX

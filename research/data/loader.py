@@ -5,7 +5,7 @@ from typing import Iterator, Sequence
 import grain
 import numpy as np
 
-from research.data.mixture import Mixture
+from research.data.mixture import Mixture, Weight
 from research.data.packing import Row, Rows, padding_row
 from research.errors import InputError
 
@@ -36,7 +36,7 @@ class Loader:
     """
 
     def __init__(
-        self, rows: Sequence[Rows], weights: Sequence[float], seed: int, batch_size: int,
+        self, rows: Sequence[Rows], weights: Sequence[Weight], seed: int, batch_size: int,
         microbatches: int = 1, process_index: int = 0, process_count: int = 1, start_sample: int = 0,
         threads: int = 2, prefetch: int = 8,
     ):

@@ -1,4 +1,5 @@
-"""`sentencepiece`: byte-pair encoding (Sennrich et al. 2016) by SentencePiece (Kudo and Richardson 2018).
+"""`sentencepiece` and `unigram`: byte-pair encoding (Sennrich et al. 2016) and the unigram model (Kudo 2018), both by
+SentencePiece (Kudo and Richardson 2018).
 
 Lossless, which SentencePiece's defaults are not: no normalisation, no collapsed or added white space, unknown
 characters as bytes, and its own stand-in for the space (U+2581) kept apart from the space.
@@ -13,24 +14,22 @@ from typing import Iterable, Iterator, Sequence
 import numpy as np
 import sentencepiece
 
-from research.data.vocabulary import BOS, EOS, MASK, PAD, SPECIALS, UNK, save_model
+from research.data.vocabulary import BOS, CHAT_MARKERS, EOS, MASK, PAD, SPECIALS, UNK, resize, save_model
 from research.errors import InputError
 
 SMALLEST = len(SPECIALS) + 256 + 1  # specials, bytes, and the stand-in for the space
 _SPACE = "\u2581"  # SentencePiece's stand-in for the space inside pieces
 _LONGEST = 1 << 20  # characters encoded at once; longer texts are cut after a newline where there is one
 _OPTIONS = {
-    "model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+    "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
     "add_dummy_prefix": False, "byte_fallback": True, "split_digits": True, "character_coverage": 0.9999,
     "allow_whitespace_only_pieces": True, "max_sentence_length": 1 << 20,
-    "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK, "control_symbols": [SPECIALS[MASK]],
+    "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK,
     "pad_piece": SPECIALS[PAD], "bos_piece": SPECIALS[BOS], "eos_piece": SPECIALS[EOS],
     "unk_piece": SPECIALS[UNK],
     # Deterministic with one thread, and hardly slower: the time goes to a part that has only one.
     "num_threads": 1, "hard_vocab_limit": False, "minloglevel": 2,
 }
-# For the key of a cached model.
-OPTIONS_KEY = f"sentencepiece {sentencepiece.__version__} {sorted(_OPTIONS.items())}"
 
 
 class SentencePieceTokenizer:
@@ -41,6 +40,9 @@ class SentencePieceTokenizer:
     """
 
     name = "sentencepiece"
+    smallest = SMALLEST
+    training_key = f"bpe {sentencepiece.__version__} {sorted(_OPTIONS.items())}"
+    _model_type = "bpe"
     pad_id, bos_id, eos_id, unk_id, mask_id = PAD, BOS, EOS, UNK, MASK
 
     def __init__(self, model: bytes):
@@ -51,6 +53,8 @@ class SentencePieceTokenizer:
         self._pieces = [self._piece(i) for i in range(self.vocab_size)]
         self.token_bytes_V = np.array([len(piece) for piece in self._pieces], np.int32)
         byte_ids = {self._pieces[i]: i for i in range(self.vocab_size) if self._processor.is_byte(i)}
+        self.chat_ids = {marker: i for marker in CHAT_MARKERS
+                         if self._processor.is_control(i := self._processor.piece_to_id(marker))}
         self._space_ids = [byte_ids[bytes([byte])] for byte in _SPACE.encode("utf-8")]
 
     @classmethod
@@ -58,8 +62,8 @@ class SentencePieceTokenizer:
         return cls(model)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
-        """Trains on all of `texts`; the same texts give the same model, bit for bit.
+    def train(cls, texts: Iterable[str], vocab_size: int, chat: bool = False) -> "SentencePieceTokenizer":
+        """Trains on all of `texts`; the same texts give the same model, bit for bit. chat: with CHAT_MARKERS.
 
         Raises:
           InputError: the texts can't fill so large a vocabulary, or their characters are too many for it.
@@ -67,27 +71,32 @@ class SentencePieceTokenizer:
         field, wanted = "data.tokenizer", f"a vocabulary of {vocab_size}"
         model = io.BytesIO()
         try:
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=_sentences(texts), model_writer=model,
-                                                     vocab_size=vocab_size, **_OPTIONS)
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(texts), model_writer=model, vocab_size=vocab_size,
+                model_type=cls._model_type, control_symbols=[SPECIALS[MASK], *(CHAT_MARKERS if chat else ())], **_OPTIONS)
         except RuntimeError as error:
             small = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
             if small:
                 raise InputError(field, f"{wanted} is too small for the characters of the corpus",
-                                 resize(int(small[1]), "more")) from None
+                                 resize(int(small[1]), "more", cls.name)) from None
             if "sentences_.empty()" in str(error):
                 raise InputError(field, "there is no text to train on", "give data.sources text") from None
             raise
         tokenizer = cls(model.getvalue())
         if tokenizer.vocab_size < vocab_size:
             raise InputError(field, f"{wanted} is larger than the corpus fills",
-                             resize(tokenizer.vocab_size, "less"))
+                             resize(tokenizer.vocab_size, "less", cls.name))
         return tokenizer
 
     def save(self, directory: str | pathlib.Path) -> None:
         save_model(directory, self.name, self.vocab_size, self.fingerprint(), self._model)
 
+    @staticmethod
+    def fingerprint_of(model: bytes) -> str:
+        return hashlib.sha256(b"sentencepiece" + model).hexdigest()
+
     def fingerprint(self) -> str:
-        return model_fingerprint(self._model)
+        return self.fingerprint_of(self._model)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -121,13 +130,12 @@ class SentencePieceTokenizer:
         return piece.replace(_SPACE, " ").encode("utf-8")
 
 
-def resize(size: int, direction: str) -> str:
-    """The cure for a vocabulary of the wrong size."""
-    return f"set model.vocab_size={size} or {direction} (or data.tokenizer=sentencepiece:{size})"
+class UnigramTokenizer(SentencePieceTokenizer):
+    """The same, with the unigram model: pieces by likelihood, not by merges."""
 
-
-def model_fingerprint(model: bytes) -> str:
-    return hashlib.sha256(b"sentencepiece" + model).hexdigest()
+    name = "unigram"
+    training_key = SentencePieceTokenizer.training_key.replace("bpe", "unigram", 1)
+    _model_type = "unigram"
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import glob
 import hashlib
-import os
 import pathlib
 import re
 from typing import Literal
@@ -13,6 +11,7 @@ import numpy as np
 
 from research.config import Node
 from research.data import documents
+from research.data.files import DEFAULT_CACHE, find_files
 from research.errors import InputError
 
 _BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
@@ -23,9 +22,11 @@ class Text(Node):
     """Documents from text files. Names are paths from the files' common directory, then "#" and a number.
 
     Attributes:
-      paths: files or globs ("**" crosses directories), absolute or relative to the working directory.
+      paths: files or globs ("**" crosses directories), absolute or relative to the working directory, or remote
+        (gs://, s3://: files.find_files).
       split_on: what ends a document: "file", "blank_line" (one or more), or "line". The separator and
         documents of white space alone are left out.
+      cache_dir: for remote files; `data.cache_dir` where it isn't given.
 
     Raises:
       InputError: a path that matches no file, a directory, a file that isn't UTF-8.
@@ -33,6 +34,7 @@ class Text(Node):
 
     paths: tuple[str, ...]
     split_on: Literal["file", "blank_line", "line"] = "file"
+    cache_dir: str = DEFAULT_CACHE
 
     def validate(self):
         if not self.paths:
@@ -65,19 +67,8 @@ class Text(Node):
     @functools.cached_property
     def _files(self) -> tuple[tuple[str, pathlib.Path], ...]:
         """(name, path), by name."""
-        found = set()
-        for i, pattern in enumerate(self.paths):
-            field = f"paths.{i}"
-            matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-            files = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
-            if not files and os.path.isdir(os.path.expanduser(pattern)):
-                raise InputError(field, f"{pattern!r} is a directory", "name its files: DIRECTORY/**/*.txt")
-            if not files:
-                raise InputError(field, f"no file matches {pattern!r}", "correct the path or the glob")
-            found.update(files)
-        root = os.path.commonpath([os.path.dirname(path) for path in found])
-        paths = [pathlib.Path(path) for path in found]
-        return tuple(sorted((path.relative_to(root).as_posix(), path) for path in paths))
+        found = find_files(self.paths, self.cache_dir)
+        return tuple(sorted(found)) if self.split_on == "file" else found
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

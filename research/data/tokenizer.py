@@ -8,19 +8,21 @@ from typing import Protocol, Sequence
 import numpy as np
 
 from research.config import nearest
-from research.data import subwords
-from research.data.vocabulary import BOS, DESCRIPTION, EOS, MASK, MODEL, PAD, SPECIALS, UNK, save_model
+from research.data.pretrained import HuggingFaceTokenizer, WordPieceTokenizer
+from research.data.subwords import SentencePieceTokenizer, UnigramTokenizer
+from research.data.vocabulary import BOS, DESCRIPTION, EOS, MASK, MODEL, PAD, SPECIALS, UNK, resize, save_model
 from research.errors import InputError
 
 
 class Tokenizer(Protocol):
-    """Ids 0-4 are `SPECIALS` in every tokenizer; `encode` never gives one of them, whatever the text.
+    """Ids 0-4 are `SPECIALS` in every tokenizer of ours; `encode` never gives a special, whatever the text.
 
     Attributes:
       name: its row in `TOKENIZERS`.
       vocab_size: ids are in [0, vocab_size).
       token_bytes_V: int32; how many bytes of text each id stands for, 0 for the specials. Summed over an
         encoded text it is the text's length in UTF-8, which is what bits per byte divides by.
+      chat_ids: marker (vocabulary.CHAT_MARKERS) -> id, of those that the vocabulary has.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Tokenizer(Protocol):
     unk_id: int
     mask_id: int
     token_bytes_V: np.ndarray
+    chat_ids: dict[str, int]
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids, without specials."""
@@ -59,6 +62,7 @@ class BytesTokenizer:
     pad_id, bos_id, eos_id, unk_id, mask_id = PAD, BOS, EOS, UNK, MASK
 
     def __init__(self):
+        self.chat_ids: dict[str, int] = {}
         self.token_bytes_V = np.repeat(np.array([0, 1], np.int32), [len(SPECIALS), 256])
 
     @classmethod
@@ -81,11 +85,36 @@ class BytesTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def fingerprint(self) -> str:
+    @staticmethod
+    def fingerprint_of(model: bytes) -> str:
         return hashlib.sha256(b"bytes").hexdigest()
 
+    def fingerprint(self) -> str:
+        return self.fingerprint_of(b"")
 
-TOKENIZERS: dict[str, type] = {"bytes": BytesTokenizer, "sentencepiece": subwords.SentencePieceTokenizer}
+
+TOKENIZERS: dict[str, type] = {
+    "bytes": BytesTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+    "unigram": UnigramTokenizer,
+    "wordpiece": WordPieceTokenizer,
+    "huggingface": HuggingFaceTokenizer,
+}
+
+
+def directory_of(spec: str) -> pathlib.Path | None:
+    """The directory that `data.tokenizer` names; None for the name of a kind ("bytes", "sentencepiece:4096").
+
+    Raises:
+      InputError: it looks like a path, but there is no such directory.
+    """
+    path = pathlib.Path(spec).expanduser()
+    if spec in TOKENIZERS or not (path.is_dir() or "/" in spec or spec.startswith((".", "~"))):
+        return None
+    if not path.is_dir():
+        raise InputError("data.tokenizer", f"there is no directory {spec!r}",
+                         "correct the path, or train one: python -m tools.train_tokenizer")
+    return path
 
 
 def parse_spec(spec: str, vocab_size: int) -> tuple[str, int]:
@@ -101,26 +130,32 @@ def parse_spec(spec: str, vocab_size: int) -> tuple[str, int]:
         if colon:
             raise InputError("data.tokenizer", f"{spec!r}: bytes has a fixed vocabulary", "write bytes")
         return name, BytesTokenizer.vocab_size
+    if name == HuggingFaceTokenizer.name:
+        raise InputError("data.tokenizer", f"{spec!r} names no vocabulary", "give the directory that holds its tokenizer.json")
     if colon and not (size.isascii() and size.isdigit()):
         raise InputError("data.tokenizer", f"{size!r} is no vocabulary size", f"write {name} or {name}:4096")
     wanted = int(size) if colon else vocab_size
-    if wanted < subwords.SMALLEST:
+    smallest = TOKENIZERS[name].smallest
+    if wanted < smallest:
         raise InputError("data.tokenizer", f"a vocabulary of {wanted} can't hold every byte and the specials",
-                         subwords.resize(subwords.SMALLEST, "more"))
+                         resize(smallest, "more", name))
     return name, wanted
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
-    """The inverse of a tokenizer's `save`.
+    """The inverse of a tokenizer's `save`; a directory of Hugging Face's (its tokenizer.json is another) loads too.
 
     Raises:
-      InputError: the files are missing, or aren't those that were saved together.
+      InputError: the files are missing, or aren't those that were saved together; `tokenizers` is needed and isn't
+        installed.
     """
     directory = pathlib.Path(directory)
     broken = InputError("tokenizer", f"{directory} doesn't hold a whole tokenizer",
                         f"give a directory with {DESCRIPTION} and {MODEL} of one run")
     try:
         description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+        if isinstance(description, dict) and isinstance(description.get("model"), dict):
+            return HuggingFaceTokenizer.from_directory(directory)
         name, fingerprint = description["name"], description["fingerprint"]
         model = (directory / MODEL).read_bytes()
     except (OSError, ValueError, KeyError, TypeError):
@@ -128,6 +163,6 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     if name not in TOKENIZERS:
         raise broken
     # Before the model is parsed: a cut one can bring the parser down.
-    if name == subwords.SentencePieceTokenizer.name and subwords.model_fingerprint(model) != fingerprint:
+    if TOKENIZERS[name].fingerprint_of(model) != fingerprint:
         raise broken
     return TOKENIZERS[name].from_model(model)

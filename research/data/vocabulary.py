@@ -5,6 +5,7 @@ import pathlib
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 PAD, BOS, EOS, UNK, MASK = range(5)
+CHAT_MARKERS = ("<|user|>", "<|assistant|>", "<|end|>")  # ids 5 to 7 of a vocabulary that was trained with them
 DESCRIPTION, MODEL = "tokenizer.json", "tokenizer.model"
 
 
@@ -18,3 +19,8 @@ def save_model(
     description = {"name": name, "vocab_size": vocab_size, "specials": list(SPECIALS),
                    "fingerprint": fingerprint}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def resize(size: int, direction: str, name: str) -> str:
+    """The cure for a vocabulary of the wrong size."""
+    return f"set model.vocab_size={size} or {direction} (or data.tokenizer={name}:{size})"

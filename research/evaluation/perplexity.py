@@ -1,10 +1,30 @@
-"""Loss on held-out documents with a standard error: nats per token, perplexity, bits per byte."""
+"""Loss on held-out documents with a standard error: nats per token, perplexity, bits per byte; by document, by position."""
 
+import dataclasses
 import math
 from typing import Any, Callable, Iterable, Mapping
 
 import jax
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one set showed.
+
+    Attributes:
+      summary: loss, se, perplexity, bits_per_byte, tokens, documents (`summarise`).
+      document_D, tokens_D, nll_D: each counted document's index in the set's sources, its counted tokens, and the sum of
+        their losses in nats; sorted by index. Two runs that were evaluated on the same set are paired by it.
+      loss_by_position: mean loss of the tokens at positions 0, 1, 2-3, 4-7, ... of their document's row: how much the
+        model gains from context. Buckets without a counted token are left out.
+    """
+
+    summary: dict[str, float]
+    document_D: np.ndarray
+    tokens_D: np.ndarray
+    nll_D: np.ndarray
+    loss_by_position: dict[str, float]
 
 
 def summarise(sums_D: np.ndarray, counts_D: np.ndarray, total_bytes: float) -> dict[str, float]:
@@ -27,23 +47,65 @@ def summarise(sums_D: np.ndarray, counts_D: np.ndarray, total_bytes: float) -> d
             "tokens": int(count), "documents": documents}
 
 
+def bucket_of(positions: np.ndarray) -> np.ndarray:
+    """Positions 0, 1, 2-3, 4-7, ... -> bucket numbers 0, 1, 2, 3, ..."""
+    return np.frexp(np.asarray(positions, np.float64))[1]
+
+
+def bucket_name(bucket: int) -> str:
+    """0 -> "0", 1 -> "1", 2 -> "2-3", 3 -> "4-7"."""
+    return str(bucket) if bucket < 2 else f"{1 << (bucket - 1)}-{(1 << bucket) - 1}"
+
+
+class _Sums:
+    """Running sums of losses and weights by a whole number."""
+
+    def __init__(self):
+        self.by_key: dict[int, tuple[float, float]] = {}
+
+    def add(self, keys: np.ndarray, nll: np.ndarray, weights: np.ndarray) -> None:
+        found, inverse = np.unique(keys, return_inverse=True)
+        totals = np.bincount(inverse.ravel(), (nll * weights).ravel(), len(found))
+        counts = np.bincount(inverse.ravel(), weights.ravel(), len(found))
+        for key, total, count in zip(found.tolist(), totals.tolist(), counts.tolist()):
+            before = self.by_key[key] if key in self.by_key else (0.0, 0.0)
+            self.by_key[key] = (before[0] + total, before[1] + count)
+
+    def counted(self) -> list[tuple[int, float, float]]:
+        """(key, summed loss, weight), sorted, of the keys with any weight."""
+        return [(key, total, count) for key, (total, count) in sorted(self.by_key.items()) if count > 0]
+
+
 def evaluate(
     nll: Callable[[Any, Mapping[str, Any]], jax.Array], params: Any, batches: Iterable[Mapping[str, np.ndarray]],
     put: Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]], token_bytes_V: np.ndarray, progress: Callable = iter,
-) -> dict[str, float]:
-    """`summarise` over `batches` of rows. `nll(params, rows)` -> nll_BxL; `put` lays a batch out on the devices."""
-    sums: dict[int, float] = {}
-    counts: dict[int, float] = {}
-    total_bytes = 0.0
+) -> Evaluation:
+    """Over `batches` of rows. `nll(params, rows)` -> nll_BxL; `put` lays a batch out on the devices.
+
+    Raises:
+      ValueError: no token is counted.
+    """
+    by_document, by_position, total_bytes = _Sums(), _Sums(), 0.0
     for batch in progress(batches):
         nll_BxL = np.asarray(jax.device_get(nll(params, put(batch))), np.float64)
         weights_BxL = batch["weights_BxL"]
         total_bytes += float(np.sum(token_bytes_V[batch["targets_BxL"]] * weights_BxL))
-        documents, inverse = np.unique(batch["document_index_BxL"], return_inverse=True)
-        by_document = np.bincount(inverse.ravel(), (nll_BxL * weights_BxL).ravel(), len(documents))
-        tokens = np.bincount(inverse.ravel(), weights_BxL.ravel(), len(documents))
-        for document, total, count in zip(documents.tolist(), by_document, tokens):
-            sums[document] = (sums[document] if document in sums else 0.0) + total
-            counts[document] = (counts[document] if document in counts else 0.0) + count
-    keys = list(sums)
-    return summarise(np.array([sums[k] for k in keys]), np.array([counts[k] for k in keys]), total_bytes)
+        by_document.add(batch["document_index_BxL"], nll_BxL, weights_BxL)
+        by_position.add(bucket_of(batch["positions_BxL"]), nll_BxL, weights_BxL)
+    documents = by_document.counted()
+    nll_D, tokens_D = np.array([total for _, total, _ in documents]), np.array([count for _, _, count in documents])
+    return Evaluation(
+        summarise(nll_D, tokens_D, total_bytes), np.array([key for key, _, _ in documents]), tokens_D, nll_D,
+        {bucket_name(bucket): total / count for bucket, total, count in by_position.counted()})
+
+
+def flat_evaluations(losses_E: Iterable[float], ses_E: Iterable[float]) -> int:
+    """How many evaluations in a row, up to the last, have not gained on the best by more than their standard error.
+
+    The best moves only when it is beaten by more than that, so slow progress adds up and counts once it is visible.
+    """
+    best, flat = math.inf, 0
+    for loss, se in zip(losses_E, ses_E):
+        better = loss < best - (se if math.isfinite(best) else 0.0)
+        best, flat = (loss, 0) if better else (best, flat + 1)
+    return flat

@@ -54,19 +54,25 @@ def averages(config: Config) -> bool:
     return bool(config.train.ema) or OPTIMIZERS[config.optim.name].evaluated is not None
 
 
-def evaluation_params(config: Config, state: Any) -> Any:
-    """The parameters to evaluate, sample from and export: the EMA where there is one, schedule-free's x, else the trained."""
-    if state.ema is not None:
-        return state.ema
+def evaluation_params(config: Config, shardings: Any) -> Callable[[Any], Any]:
+    """state -> the parameters to evaluate, sample and export: its EMA where it has one, schedule-free's x, else the trained.
+
+    `shardings`: those of the parameters, for what has to be computed.
+    """
     evaluated = OPTIMIZERS[config.optim.name].evaluated
-    return evaluated(state.optimizer, state.params) if evaluated else state.params
+    if config.train.ema:
+        return lambda state: state.ema
+    if evaluated is None:
+        return lambda state: state.params
+    jitted = jax.jit(evaluated, out_shardings=shardings)
+    return lambda state: jitted(state.optimizer, state.params)
 
 
 def mean_of(load: Callable[[int], Any], steps: Sequence[int]) -> Any:
     """The mean over `steps` of `load(step)`, one at a time: two copies in memory, sums in float32."""
     add = jax.jit(lambda mean, params, n: jax.tree.map(lambda m, p: m + (p.astype(jnp.float32) - m) / n, mean, params),
                   donate_argnums=0)
-    mean = start_ema(load(steps[0]))
+    mean = jax.jit(start_ema)(load(steps[0]))
     for number, step in enumerate(steps[1:], start=2):
         mean = add(mean, load(step), number)
     return mean

@@ -1,22 +1,26 @@
 """Checkpoints: one atomic Orbax composite a step, written in the background.
 
-checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights).
+checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights); where what
+is evaluated isn't what is trained (an EMA, schedule-free's average), `averaged` has those parameters.
 """
 
-from typing import Any, Mapping
+import dataclasses
+from typing import Any, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policy
 
 from research.errors import InputError
 from research.params import flatten, unflatten
 from research.schema import CHECKPOINTS, SCHEMA_VERSION, CheckpointConfig
+from research.training.averaging import averaged_steps
 from research.training.state import TrainState
 
-ITEMS = ("params", "optimizer", "keys", "data", "meta")
+ITEMS = ("params", "optimizer", "keys", "data", "meta", "averaged")
 
 
 def describe_arrays(params: Any) -> dict[str, list]:
@@ -24,13 +28,31 @@ def describe_arrays(params: Any) -> dict[str, list]:
     return {path: [list(x.shape), str(jnp.dtype(x.dtype))] for path, x in flatten(params).items()}
 
 
-class Checkpointer:
-    """Saves and restores a run's state under `workdir`/checkpoints. Call `close` (or use `with`) to finish writing."""
+@dataclasses.dataclass(frozen=True)
+class KeepForAverage:
+    """Keeps the checkpoints that `averaged_steps` would take now. It serves Orbax as a preservation policy."""
 
-    def __init__(self, workdir: epath.Path, config: CheckpointConfig):
+    every: int
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        wanted = averaged_steps([info.step for info in checkpoints], self.every, self.count)
+        return [info.step in wanted for info in checkpoints]
+
+
+class Checkpointer:
+    """Saves and restores a run's state under `workdir`/checkpoints. Call `close` (or use `with`) to finish writing.
+
+    `average`: so many of the last checkpoints that `config.every_steps` makes are kept besides, to be averaged.
+    """
+
+    def __init__(self, workdir: epath.Path, config: CheckpointConfig, average: int = 0):
         directory = epath.Path(workdir).absolute() / CHECKPOINTS
+        policies = [policy.LatestN(config.keep_last)]
+        policies += [policy.EveryNSteps(config.keep_every)] if config.keep_every else []
+        policies += [KeepForAverage(config.every_steps, average)] if average else []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True,
+            preservation_policy=policy.AnyPreservationPolicy(policies), create=True,
             cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(directory, options=options, item_names=ITEMS)
 
@@ -43,16 +65,24 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: Mapping[str, int]) -> None:
-        """Copies the state off the devices, then writes in the background; a step already there is left alone."""
+    def saved_steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, data: Mapping[str, int], averaged: Any = None) -> None:
+        """Copies the state off the devices, then writes in the background; a step already there is left alone.
+
+        `averaged`: the parameters to evaluate, sample and export, where they aren't state.params.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         meta = {"schema": SCHEMA_VERSION, "step": step, "params": describe_arrays(state.params)}
-        self._manager.save(step, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(state.optimizer),
-            keys=ocp.args.StandardSave({"root": state.key}), data=ocp.args.JsonSave(dict(data)),
-            meta=ocp.args.JsonSave(meta)))
+        items = {"params": ocp.args.StandardSave(state.params), "optimizer": ocp.args.StandardSave(state.optimizer),
+                 "keys": ocp.args.StandardSave({"root": state.key}), "data": ocp.args.JsonSave(dict(data))}
+        if averaged is not None:
+            meta["averaged"] = describe_arrays(averaged)
+            items["averaged"] = ocp.args.StandardSave(averaged)
+        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, int]]:
         """The state saved at `step` (default: the latest), laid out like `abstract`, and the data position.
@@ -63,13 +93,18 @@ class Checkpointer:
         step = self._manager.latest_step() if step is None else step
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         _same_arrays(meta["params"], describe_arrays(abstract.params))
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(abstract.optimizer),
-            keys=ocp.args.StandardRestore({"root": abstract.key}), data=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)
+        items = {"params": ocp.args.StandardRestore(abstract.params), "optimizer": ocp.args.StandardRestore(abstract.optimizer),
+                 "keys": ocp.args.StandardRestore({"root": abstract.key}), "data": ocp.args.JsonRestore()}
+        if abstract.ema is not None:
+            items["averaged"] = ocp.args.StandardRestore(abstract.ema)
+        saved = self._manager.restore(step, args=ocp.args.Composite(**items))
         step_array = jax.device_put(jnp.int32(step), abstract.step.sharding)
-        state = TrainState(step_array, saved["params"], saved["optimizer"], saved["keys"]["root"])
-        return state, saved["data"]
+        ema = None if abstract.ema is None else saved["averaged"]
+        return TrainState(step_array, saved["params"], saved["optimizer"], saved["keys"]["root"], ema), saved["data"]
+
+    def restore_params(self, abstract: Any, step: int) -> Any:
+        """The trained parameters alone, laid out like `abstract`."""
+        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
@@ -99,6 +134,8 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
                 field: str = "--workdir") -> tuple[dict, int]:
     """The parameters alone of a run's checkpoint (the latest by default) and its step; laid out like `abstract` if given.
 
+    Where the run averages (an EMA, schedule-free), they are the averaged ones, in the dtype of the trained.
+
     Raises:
       InputError: no checkpoint there, or arrays of another shape.
     """
@@ -117,8 +154,9 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
                                   for path, (shape, dtype) in meta["params"].items()})
         else:
             _same_arrays(meta["params"], describe_arrays(abstract))
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return manager.restore(step, args=args)["params"], step
+        item = "averaged" if "averaged" in meta else "params"
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})  # casts to the dtype of `abstract`
+        return manager.restore(step, args=args)[item], step
 
 
 def initialise_from(workdir: str, params: Any) -> Any:

@@ -1,7 +1,6 @@
 """The one loop: dispatch step n, then read the metrics of n - 1; evaluate, sample, save; stop cleanly, resume bitwise."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -19,50 +18,19 @@ from tqdm import tqdm
 
 from research import hardware
 from research.data import pipeline
-from research.data.loader import Loader, evaluation_batches
-from research.decoding.engine import Engine
-from research.decoding.sampling import Sampling
+from research.data.loader import Loader
 from research.errors import Diverged, InputError, Interrupted
-from research.evaluation.perplexity import evaluate
-from research.params import params_sha256
-from research.schema import PREDICTION_FILE, RESULT_FILE, SCHEMA_VERSION, TOKENIZER, Config
+from research.schema import PREDICTION_FILE, RESULT_FILE, TOKENIZER, Config
 from research.training import step as steps
+from research.training.averaging import averages, evaluation_params
 from research.training.checkpoint import Checkpointer, initialise_from
 from research.training.metrics import Clock, Recorder, Speed, run_name
+from research.training.mirrors import Announced, WandbMirror, check_wandb
 from research.training.program import BATCH_FIELDS, Program, make_program
-from research.training.state import TrainState, init_state
-from research.training.workdir import Ledger, Lock, check_config, write_config, write_result
-
-SAMPLE_TOKENS = 120
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """How a run is started, apart from its config. `minutes`: stop cleanly after so long, to go on with the next call."""
-
-    workdir: str
-    preset: Config
-    minutes: float | None = None
-    prediction: str | None = None
-    profile_steps: int = 0
-    quiet: bool = False
-
-
-@dataclasses.dataclass
-class Session:
-    """The parts of a running job that its functions share."""
-
-    launch: Launch
-    program: Program
-    data: Any
-    workdir: epath.Path
-    recorder: Recorder | None  # on the first process only
-    ledger: Ledger | None
-    checkpointer: Checkpointer
-    clock: Clock
-    nll: Any
-    peak_flops: float
-    bar: Any
+from research.training.reporting import evaluate_sets, finish, sample_text, saturated
+from research.training.session import Launch, Session, evaluated_until
+from research.training.state import TrainState, init_state, restart_from
+from research.training.workdir import Ledger, Lock, check_config, write_config
 
 
 def run(config: Config, launch: Launch) -> dict[str, Any]:
@@ -73,9 +41,12 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
       Diverged: the loss or a gradient is not finite.
       Interrupted: asked to stop (SIGINT, SIGTERM, minutes); all is saved.
     """
-    clock = Clock()
-    workdir = epath.Path(launch.workdir).expanduser()
-    with clock.measure("initialising"), contextlib.ExitStack() as stack:
+    clock, first = Clock(), jax.process_index() == 0
+    workdir, name = epath.Path(launch.workdir).expanduser(), run_name(config, launch.preset)
+    if launch.wandb:
+        check_wandb()
+    announced = Announced(launch.webhook if first else None, name, launch.workdir)
+    with announced, clock.measure("initialising"), contextlib.ExitStack() as stack:
         program = make_program(config)
         known = check_config(workdir, config) if workdir.exists() else False
         if launch.prediction and not os.path.exists(launch.prediction):
@@ -86,27 +57,34 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
                              f"{config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size}",
                              f"set model.vocab_size={data.tokenizer.vocab_size}")
         workdir.mkdir(parents=True, exist_ok=True)
-        first = jax.process_index() == 0
         if first:
             stack.callback(Lock(workdir).release)
-        checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
-        if checkpointer.latest_step() == config.train.steps and (workdir / RESULT_FILE).exists():
-            logging.info("%s has finished all %d steps already", workdir, config.train.steps)
-            return json.loads((workdir / RESULT_FILE).read_text())
+        checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint, config.train.average))
+        result = json.loads((workdir / RESULT_FILE).read_text()) if (workdir / RESULT_FILE).exists() else None
+        if result and checkpointer.latest_step() == result["steps"]:
+            logging.info("%s has %s at step %d already", workdir, result["status"], result["steps"])
+            announced.finished(result)
+            return result
         state, start = _start(program, checkpointer, clock)
         if first:
             _open_workdir(workdir, config, launch, data, known, start)
-        recorder = Recorder(workdir, start) if first else None
+        evaluated = evaluated_until(workdir, start)
+        mirror = WandbMirror(launch.wandb, config, name, os.fspath(workdir)) if first and launch.wandb else None
+        recorder = Recorder(workdir, start, mirror) if first else None
         if recorder:
             stack.callback(recorder.close)
-            recorder.hparams(config, run_name(config, launch.preset))
+            recorder.hparams(config, name)
+            recorder.layout([validation.name for validation in config.data.validation])
         ledger = Ledger(workdir) if first else None
         bar = stack.enter_context(_progress(config, start, launch.quiet))
         session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock,
-                          steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar)
-        _note(session, "resumed" if start else "started", start)
-        state = _train(session, state, start)
-        return _finish(session, state, start)
+                          steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
+                          evaluation_params(config, program.layout.shardings.params), evaluated)
+        session.note("resumed" if start else "started", start)
+        state, number = _train(session, state, start)
+        result = finish(session, state, start, number)
+        announced.finished(result)
+        return result
 
 
 def _start(program: Program, checkpointer: Checkpointer, clock: Clock) -> tuple[TrainState, int]:
@@ -121,7 +99,8 @@ def _start(program: Program, checkpointer: Checkpointer, clock: Clock) -> tuple[
         return state, step
     state = init_state(program.model.init, program.optimizer, program.layout, program.config.seed)
     if program.config.train.init_from:
-        state = state.replace(params=initialise_from(program.config.train.init_from, state.params))
+        params = initialise_from(program.config.train.init_from, state.params)
+        state = restart_from(params, state.key, program.optimizer, program.layout)
     return state, 0
 
 
@@ -152,11 +131,6 @@ def _progress(config: Config, start: int, quiet: bool) -> tqdm:
                 disable=quiet or jax.process_index() != 0 or not sys.stderr.isatty(), smoothing=0.1)
 
 
-def _note(session: Session, event: str, step: int, **details: Any) -> None:
-    if session.ledger:
-        session.ledger.write(event, step, **details)
-
-
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[dict[str, str]]:
     """Turns SIGINT and SIGTERM into an entry of the returned dict; a second SIGINT ends at once."""
@@ -180,11 +154,12 @@ def _stop_requests() -> Iterator[dict[str, str]]:
             signal.signal(number, handler)
 
 
-def _train(session: Session, state: TrainState, start: int) -> TrainState:
+def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState, int]:
+    """The steps after `start`; returns the last state and its step."""
     config, clock, program = session.program.config, session.clock, session.program
     train, layout = config.train, program.layout
-    if start >= train.steps:
-        return state
+    if start >= train.steps or saturated(session):
+        return state, start
     with clock.measure("compiling"):
         logging.info("compiling the step")
         compiled = program.compile()
@@ -213,19 +188,25 @@ def _train(session: Session, state: TrainState, start: int) -> TrainState:
             if evaluates or samples or saves:
                 _report(session, speed, *pending)  # a step whose loss isn't finite is never saved
                 pending = None
+            flat = False
             if evaluates:
-                _evaluate(session, state, number)
+                evaluate_sets(session, session.averaged(state), number)
+                flat = saturated(session)
             if samples:
-                _sample(session, state, number)
-            if saves:
+                sample_text(session, session.averaged(state), number)
+            if saves or flat:
                 _save(session, state, number)
                 saved_at = time.monotonic()
+            if flat:
+                logging.info("step %d: saturated, no improvement beyond the standard error in %d evaluations", number,
+                             train.stop_after_flat)
+                return state, number
             if stop and number < train.steps:
                 with clock.measure("saving"):
                     session.checkpointer.wait()
-                _note(session, "preempted", number, reason=asked["signal"] if "signal" in asked else "minutes are over")
+                session.note("preempted", number, reason=asked["signal"] if "signal" in asked else "minutes are over")
                 raise Interrupted(f"stopped after step {number} of {train.steps}; the same command goes on from there")
-    return state
+    return state, train.steps
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -286,92 +267,9 @@ def resident_bytes() -> int:
         return 0
 
 
-def _evaluate(session: Session, state: TrainState, number: int) -> dict[str, dict[str, float]]:
-    config, layout = session.program.config, session.program.layout
-    rows = config.train.batch_size // config.train.microbatches
-    results = {}
-
-    def put(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        sharding = layout.batch(("batch", "length"))
-        return {name: jax.make_array_from_callback(batch[name].shape, sharding, lambda i, a=batch[name]: a[i])
-                for name in BATCH_FIELDS}
-
-    with session.clock.measure("evaluating"):
-        for validation in config.data.validation:
-            batches = evaluation_batches(session.data.validation[validation.name], rows, validation.max_rows)
-            result = evaluate(session.nll, state.params, batches, put, session.data.tokenizer.token_bytes_V)
-            results[validation.name] = result
-            if session.recorder:
-                session.recorder.evaluation(number, validation.name, result)
-            logging.info("step %d  %s: loss %.4f +- %.4f nats/token, perplexity %.2f, %.4f bits/byte", number, validation.name,
-                         result["loss"], result["se"], result["perplexity"], result["bits_per_byte"])
-    return results
-
-
-def _sample(session: Session, state: TrainState, number: int) -> str:
-    """A sample continued from `train.sample_prompt`, to TensorBoard and the caller."""
-    config, tokenizer = session.program.config, session.data.tokenizer
-    prompt = config.train.sample_prompt
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
-    new_tokens = min(SAMPLE_TOKENS, config.model.max_len - len(prompt_ids))
-    if new_tokens < 1 or jax.process_count() > 1:
-        return ""
-    with session.clock.measure("evaluating"):
-        engine = Engine(session.program.model, Sampling(temperature=0.7, top_p=0.95), tokenizer.eos_id)
-        generated = engine.generate(state.params, [prompt_ids], new_tokens, jax.random.key(number))
-    text = prompt + tokenizer.decode(generated.token_ids[0])
-    if session.recorder:
-        session.recorder.text(number, "sample", text)
-    return text
-
-
 def _save(session: Session, state: TrainState, number: int) -> None:
     with session.clock.measure("saving"):
-        session.checkpointer.save(state, {"sample": number * session.program.config.train.batch_size})
-    _note(session, "saved", number)
-
-
-def _finish(session: Session, state: TrainState, start: int) -> dict[str, Any]:
-    """The last evaluation, the sample, and result.json, written last."""
-    config, program, clock = session.program.config, session.program, session.clock
-    steps_done = config.train.steps
-    session.bar.close()
-    evaluations = _evaluate(session, state, steps_done)
-    text = _sample(session, state, steps_done) if config.train.sample_every else ""
-    with clock.measure("saving"):
-        session.checkpointer.wait()
-    first = evaluations[config.data.validation[0].name] if config.data.validation else None
-    seconds = clock.total()
-    tokens = steps_done * program.tokens_per_step
-    trained = (steps_done - start) * program.tokens_per_step  # by this launch, as its clock
-    here = trained / max(clock.get("training") + clock.get("data_wait"), 1e-9)
-    result = {
-        "schema": SCHEMA_VERSION, "status": "finished", "steps": steps_done, "samples": steps_done * config.train.batch_size,
-        "tokens": tokens, "flops": tokens * program.flops_per_token, "params": program.model.param_counts(),
-        "final_eval": evaluations, "final_eval_loss": first["loss"] if first else None,
-        "final_eval_loss_se": first["se"] if first else None, "bits_per_byte": first["bits_per_byte"] if first else None,
-        "tokens_per_second": here, "mfu": here * program.flops_per_token / session.peak_flops,
-        "goodput": {name: round(value, 3) for name, value in clock.seconds.items()},
-        "chip_seconds": seconds * hardware.chip_count(jax.devices()),
-        **hardware_costs(seconds * hardware.chip_count(jax.devices())),
-        "corpus_sha256": session.data.corpus_hash, "params_sha256": params_sha256(state.params), "sample": text,
-    }
-    if session.recorder:
-        final = {"train/final_eval_loss": first["loss"], "train/bits_per_byte": first["bits_per_byte"]} if first else {}
-        session.recorder.hparams(config, run_name(config, session.launch.preset), final)
-        for name, value in final.items():
-            session.recorder.scalar(steps_done, name, value)
-        session.recorder.flush()
-        write_result(session.workdir, result)
-    _note(session, "finished", steps_done, final_eval_loss=result["final_eval_loss"])
-    return result
-
-
-def hardware_costs(chip_seconds: float) -> dict[str, Any]:
-    """Money at the list price and energy from half to all of the rated power; None where the chip has no such figure."""
-    chip = hardware.chip_of(jax.devices()[0])
-    hours = chip_seconds / 3600
-    cost = chip.price_per_hour and {"value": chip.price_per_hour * hours, "low": 0.0, "high": chip.price_per_hour * hours}
-    energy = chip.power_watts and {"value": 0.75 * chip.power_watts * hours / 1e3, "low": 0.5 * chip.power_watts * hours / 1e3,
-                                   "high": chip.power_watts * hours / 1e3}
-    return {"cost": cost or None, "energy_kwh": energy or None}
+        config = session.program.config
+        averaged = session.averaged(state) if averages(config) else None
+        session.checkpointer.save(state, {"sample": number * config.train.batch_size}, averaged)
+    session.note("saved", number)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import time
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -46,9 +46,11 @@ def tag_of(name: str) -> str:
 class Recorder:
     """Writes rows from `start_step` on; rows of later steps (an interrupted run's) are dropped first, so none shows twice."""
 
-    def __init__(self, workdir: epath.Path, start_step: int):
+    def __init__(self, workdir: epath.Path, start_step: int, mirror: Any = None):
+        """`mirror`: also takes what TensorBoard takes, by tag (mirrors.WandbMirror)."""
         truncate_rows(workdir, METRICS_PREFIX, start_step)
         self._parts = Parts(workdir, METRICS_PREFIX)
+        self._mirror = mirror
         self._board = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1 if start_step else None, flush_secs=20)
 
     def hparams(self, config: Config, name: str, final: Mapping[str, float] | None = None) -> None:
@@ -61,21 +63,42 @@ class Recorder:
             lines = "\n".join(f"    {key} = {value}" for key, value in settings.items())
             self._board.add_text("config", f"**{name}**\n\n{lines}", 0)
 
+    def layout(self, sets: Sequence[str]) -> None:
+        """TensorBoard's custom scalars: the charts to look at first, training beside evaluation."""
+        losses = ["train/loss$", *(f"eval_{name}/loss$" for name in sets)]
+        self._board.add_custom_scalars({
+            "loss": {"train and held out": ["Multiline", losses],
+                     "by position": ["Multiline", [f"eval_{sets[0]}/by_position/"] if sets else ["train/loss$"]]},
+            "speed": {"tokens a second": ["Multiline", ["speed/tokens_per_second$"]], "MFU": ["Multiline", ["speed/mfu$"]],
+                      "seconds a step": ["Multiline", ["speed/step_seconds_p50$", "speed/step_seconds_p95$"]],
+                      "share of time waiting for data": ["Multiline", ["speed/data_wait_share$"]]},
+            "norms": {"gradient": ["Multiline", ["norms/grad$", "norms_by_stage/grad/"]],
+                      "parameters": ["Multiline", ["norms/param$", "norms_by_stage/param/"]],
+                      "updates": ["Multiline", ["norms/update$", "norms_by_stage/update/"]]}})
+
     def row(self, step: int, row: Mapping[str, Any]) -> None:
         """A training row: JSON, and scalars against steps, the loss also against tokens and petaFLOPs."""
         clean = {key: finite(value) for key, value in row.items()}
         self._parts.write({"step": step, **clean})
-        for key, value in clean.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(tag_of(key), value, step)
+        tagged = {tag_of(key): value for key, value in clean.items() if isinstance(value, (int, float))}
+        for tag, value in tagged.items():
+            self._board.add_scalar(tag, value, step)
+        if self._mirror:
+            self._mirror.row(step, tagged)
         if isinstance(clean["loss"], float):
             self._board.add_scalar("train/loss_by_tokens", clean["loss"], row["tokens"])
             self._board.add_scalar("train/loss_by_petaflops", clean["loss"], int(row["flops"] / 1e15))
 
-    def evaluation(self, step: int, name: str, result: Mapping[str, float]) -> None:
-        self._parts.write({"step": step, "set": name, **{key: finite(value) for key, value in result.items()}})
-        for key in ("loss", "se", "perplexity", "bits_per_byte"):
-            self._board.add_scalar(f"eval_{name}/{key}", result[key], step)
+    def evaluation(self, step: int, name: str, result: Mapping[str, float], by_position: Mapping[str, float]) -> None:
+        """An evaluation of the set `name`: `result` of perplexity.summarise, and the loss in position buckets."""
+        self._parts.write({"step": step, "set": name, **{key: finite(value) for key, value in result.items()},
+                           "loss_by_position": {key: finite(value) for key, value in by_position.items()}})
+        tagged = {f"eval_{name}/{key}": result[key] for key in ("loss", "se", "perplexity", "bits_per_byte")}
+        tagged |= {f"eval_{name}/by_position/{bucket}": value for bucket, value in by_position.items()}
+        for tag, value in tagged.items():
+            self._board.add_scalar(tag, value, step)
+        if self._mirror:
+            self._mirror.row(step, tagged)
 
     def scalar(self, step: int, tag: str, value: float) -> None:
         self._board.add_scalar(tag, value, step)
@@ -88,6 +111,8 @@ class Recorder:
 
     def close(self) -> None:
         self._board.close()
+        if self._mirror:
+            self._mirror.close()
 
 
 def finite(value: Any) -> Any:

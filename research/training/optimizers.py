@@ -134,12 +134,19 @@ def schedule_free(config: OptimConfig, schedule: Schedule, weights: Mapping[str,
                                        lambda count: schedule(count - 1), b1=config.b1)
 
 
+def _move_iterate(state: Any, before: Any, after: Any) -> Any:
+    """z goes along with y, and so does the x between them."""
+    return state._replace(z=jax.tree.map(lambda z, b, a: z + (a - b), state.z, before, after))
+
+
 class Row(NamedTuple):
     """`make` -> the optimizer. `evaluated` (optimizer state, params) -> the parameters that evaluation and sampling use,
-    where they aren't the trained ones."""
+    where they aren't the trained ones. `moved` (optimizer state, params before, after) -> the state after parameters were
+    changed by something else (a balancing bias by its statistics), where it holds copies of them."""
 
     make: Callable[[OptimConfig, Schedule, Mapping[str, Weight]], optax.GradientTransformation]
     evaluated: Callable[[optax.OptState, Any], Any] | None = None
+    moved: Callable[[optax.OptState, Any, Any], optax.OptState] | None = None
 
 
 OPTIMIZERS = {
@@ -148,7 +155,7 @@ OPTIMIZERS = {
     "lion": Row(lion),
     "adafactor": Row(adafactor),
     "muon": Row(muon),
-    "schedule_free": Row(schedule_free, optax.contrib.schedule_free_eval_params),
+    "schedule_free": Row(schedule_free, optax.contrib.schedule_free_eval_params, _move_iterate),
 }
 
 

@@ -12,6 +12,7 @@ from research.errors import InputError
 from research.models.lm import LanguageModel
 from research.schema import Config
 from research.training import step as steps
+from research.training.averaging import check_averages
 from research.training.objectives import objective_named
 from research.training.optimizers import make_optimizer, make_schedule
 from research.training.state import Layout, TrainState, abstract_state, make_layout
@@ -55,10 +56,11 @@ def make_program(config: Config, devices: Sequence[Any] | None = None) -> Progra
     """Builds it for `devices` (default: those of this job; a TPU topology's to compile without the TPU).
 
     Raises:
-      InputError: names the field: an unknown objective, optimizer or rule; a mesh that doesn't fit the devices, the
-        batch, the row or a weight.
+      InputError: names the field: an unknown objective, optimizer or rule; averages that can't be made; a mesh
+        that doesn't fit the devices, the batch, the row or a weight.
     """
     objective = objective_named(config.train.objective)
+    check_averages(config)
     rules = sharding.rules_named(config.mesh.rules)
     mesh = sharding.make_mesh(config.mesh, devices)
     parts, rows = sharding.batch_divisor(mesh, rules), config.train.batch_size // config.train.microbatches
@@ -74,7 +76,7 @@ def make_program(config: Config, devices: Sequence[Any] | None = None) -> Progra
                          "use mesh.rules=cp")
     model = LanguageModel(config.model, objective.heads)
     optimizer = make_optimizer(config.optim, config.train.steps, model.weights)
-    layout = make_layout(model.init, model.weights, optimizer, mesh, rules)
+    layout = make_layout(model.init, model.weights, optimizer, mesh, rules, ema=bool(config.train.ema))
     step = steps.train_step(model, objective.make(model, config), optimizer, make_schedule(config.optim, config.train.steps),
                             config)
     return Program(config, model, optimizer, layout, step, abstract_state(model.init, optimizer, layout))

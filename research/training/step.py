@@ -11,7 +11,9 @@ from research.models.heads import token_loss
 from research.models.lm import LanguageModel
 from research.params import Weight, flatten
 from research.schema import Config
+from research.training.averaging import update_ema
 from research.training.objectives import Batch, row_context
+from research.training.optimizers import OPTIMIZERS
 from research.training.state import Layout, TrainState
 
 
@@ -68,7 +70,9 @@ def train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if statistics:
-            params = model.apply_statistics(params, statistics)
+            learned, params = params, model.apply_statistics(params, statistics)
+            moved = OPTIMIZERS[config.optim.name].moved
+            optimizer_state = moved(optimizer_state, learned, params) if moved else optimizer_state
         norms |= {"param_norm": stage_norms(params, model.weights), "update_norm": stage_norms(updates, model.weights)}
         out = {"objective": loss_sum / weight, "lr": jnp.asarray(schedule(state.step), jnp.float32), "weight": weight}
         out |= {name: total / jnp.maximum(count, 1e-9) for name, (total, count) in metrics.items()}
@@ -79,7 +83,8 @@ def train_step(
         for name, by_stage in norms.items():
             out[name] = total_norm(by_stage)
             out |= {f"{name}/{stage}": norm for stage, norm in by_stage.items()}
-        return TrainState(state.step + 1, params, optimizer_state, state.key), out
+        ema = None if state.ema is None else update_ema(state.ema, params, config.train.ema, state.step)
+        return TrainState(state.step + 1, params, optimizer_state, state.key, ema), out
 
     return step
 

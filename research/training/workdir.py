@@ -117,8 +117,12 @@ def check_config(workdir: epath.Path, config: Config) -> bool:
 
 
 def write_json(path: epath.Path, data: Mapping) -> None:
+    """Whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def write_text(path: epath.Path, text: str) -> None:
     """Whole or not at all: written beside, then moved into place."""
-    text = json.dumps(data, indent=2, sort_keys=False, allow_nan=False) + "\n"
     beside = path.parent / f".{path.name}.partial"
     beside.write_text(text)
     beside.rename(path) if is_remote(path) else os.replace(beside, path)

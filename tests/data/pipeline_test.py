@@ -82,8 +82,8 @@ def test_held_out_text_is_in_no_training_row_and_not_in_the_vocabulary(corpus, t
 def test_the_sample_for_the_vocabulary_is_capped_by_share(monkeypatch, corpus, tmp_path):
     monkeypatch.setattr(pipeline, "TOKENIZER_SAMPLE_BYTES", 4000)
     data = config(corpus, tmp_path)
-    sources = pipeline._make_sources(data.sources, "data.sources")
-    texts = list(pipeline._sample(sources, [0.75, 0.25], 0.1, pipeline.tqdm(disable=True)))
+    sources = pipeline._make_sources(data.sources, "data.sources", data.cache_dir)
+    texts = list(pipeline.sample_texts(sources, [0.75, 0.25], 0.1, pipeline.tqdm(disable=True)))
     made_up = [text for text in texts if text.startswith("file ")]
     size = sum(map(len, made_up))
     assert 3000 <= size < 4500 and 1000 <= sum(map(len, texts)) - size < 1200

@@ -11,6 +11,7 @@ from research.data import documents, sourcecode, synthetic
 from research.data.sources import SOURCES, make_source
 from research.errors import InputError
 from tests.data.corpora import write_corpus
+from tests.data.record_files import write_all
 
 # name of the case -> (source, args); `{}` in an argument is the test's directory.
 CASES = {
@@ -18,6 +19,17 @@ CASES = {
     "text": ("text", {"paths": ("{}/**/*.txt",)}),
     "text by line": ("text", {"paths": "{}/**/*.txt", "split_on": "line"}),
     "text by blank line": ("text", {"paths": ("{}/*.txt", "{}/deep/*.txt"), "split_on": "blank_line"}),
+    "jsonl": ("jsonl", {"paths": "{}/*.jsonl"}),
+    "jsonl gzipped": ("jsonl", {"paths": "{}/?.jsonl.gz", "field": "title"}),
+    "jsonl template": ("jsonl", {"paths": "{}/*.jsonl", "template": "{title}\n{meta.id} {{{text}}}"}),
+    "jsonl groups": ("jsonl", {"paths": "{}/*.jsonl", "group_by": "lang", "groups": ("en", "la")}),
+    "parquet": ("parquet", {"paths": "{}/*.parquet"}),
+    "parquet template": ("parquet", {"paths": "{}/*.parquet", "template": "{meta.id}: {text}", "group_by": "lang"}),
+    "arrayrecord text": ("arrayrecord", {"paths": "{}/*.text.array_record"}),
+    "arrayrecord json": ("arrayrecord", {"paths": "{}/*.json.array_record", "format": "json", "field": "title"}),
+    "tfds": ("tfds", {"dataset": "rung_rows", "data_dir": "{}/tfds"}),
+    "tfds slice": ("tfds", {"dataset": "rung_rows", "data_dir": "{}/tfds", "split": "train[:50%]", "template": "{title}"}),
+    "huggingface": ("huggingface", {"dataset": "{}/saved"}),
     "synthetic markov": ("synthetic", {"documents": 30, "length": 50}),
     "synthetic copy": ("synthetic", {"documents": 30, "length": 50, "kind": "copy"}),
 }
@@ -25,18 +37,20 @@ CASES = {
 
 def build(case: str, directory: pathlib.Path):
     name, args = CASES[case]
+    if name == "huggingface":
+        pytest.importorskip("datasets")
 
     def fill(value):
         if isinstance(value, tuple):
             return tuple(map(fill, value))
         return value.replace("{}", str(directory)) if isinstance(value, str) else value
 
-    return make_source(name, {key: fill(value) for key, value in args.items()})
+    return make_source(name, {key: fill(value) for key, value in args.items()}, str(directory / "cache"))
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> pathlib.Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+    return write_all(write_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 def test_every_source_has_a_case():
@@ -110,7 +124,7 @@ def test_sourcecode_leaves_out_tests_and_bad_files(tmp_path, monkeypatch):
     for name, content in {
         "json/decoder.py": b"x = 1\r\n", "copy.py": b"x = 1\r\n", "empty.py": b" \n", "latin.py": b"# \xe9\n",
         "test/a.py": b"a", "json/tests/b.py": b"b", "site-packages/c.py": b"c", "dist-packages/d.py": b"d",
-        "__pycache__/e.py": b"e", "notes.txt": b"f", "idlelib/idle_test/g.py": b"g",
+        "__pycache__/e.py": b"e", "numpy/testing/h.py": b"h", "notes.txt": b"f", "idlelib/idle_test/g.py": b"g",
         "unittest/case.py": b"# case\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +145,13 @@ def test_sourcecode_reads_the_packages_of_the_closure(monkeypatch):
     ids = [source.document_id(i) for i in range(len(source))]
     assert "pluggy/_manager.py" in ids and "stdlib/json/decoder.py" in ids
     assert not [name for name in ids if name.startswith(("_pytest/", "pytest/")) or "site-packages" in name]
+
+
+def test_sourcecode_leaves_out_the_tests_of_packages(monkeypatch):
+    monkeypatch.setattr(sourcecode, "_requirements", lambda root: ["numpy"])
+    names = sourcecode._packages()
+    assert "numpy/__init__.py" in names and "numpy/lib/_npyio_impl.py" in names
+    assert not [name for name in names if {"tests", "test", "testing"} & set(name.split("/")[:-1])]
 
 
 def test_requirements_follow_markers_extras_and_cycles(monkeypatch):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from research.evaluation.perplexity import evaluate, summarise
+from research.evaluation.perplexity import bucket_name, bucket_of, evaluate, flat_evaluations, summarise
 
 
 def test_summary_by_hand():
@@ -30,12 +30,39 @@ def test_standard_error_covers_the_truth_when_documents_differ():
 def test_batches_are_gathered_by_document_and_padding_is_left_out():
     nll = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 100.0]])
     batch = {"targets_BxL": np.array([[0, 1, 2], [2, 1, 0]]), "weights_BxL": np.array([[1, 1, 1], [1, 1, 0.0]]),
-             "document_index_BxL": np.array([[0, 0, 7], [7, 7, -1]])}
-    result = evaluate(lambda params, rows: nll, None, [batch], lambda b: b, np.array([0, 1, 2]))
+             "document_index_BxL": np.array([[0, 0, 7], [7, 7, -1]]), "positions_BxL": np.array([[0, 1, 0], [1, 2, 0]])}
+    evaluation = evaluate(lambda params, rows: nll, None, [batch], lambda b: b, np.array([0, 1, 2]))
+    result = evaluation.summary
     assert result["loss"] == 3.0 and result["documents"] == 2 and result["tokens"] == 5
     assert result["bits_per_byte"] == pytest.approx(15 / math.log(2) / (0 + 1 + 2 + 2 + 1))
     expected = summarise(np.array([3.0, 12.0]), np.array([2.0, 3.0]), 6.0)
     assert result["se"] == pytest.approx(expected["se"])
+    assert evaluation.document_D.tolist() == [0, 7] and evaluation.tokens_D.tolist() == [2, 3]
+    assert evaluation.nll_D.tolist() == [3.0, 12.0]
+    assert evaluation.loss_by_position == {"0": 2.0, "1": 3.0, "2-3": 5.0}
+
+
+def test_position_buckets_double():
+    positions = np.arange(70)
+    assert bucket_of(positions)[[0, 1, 2, 3, 4, 7, 8, 63, 64]].tolist() == [0, 1, 2, 2, 3, 3, 4, 6, 7]
+    for position, bucket in zip(positions.tolist(), bucket_of(positions).tolist()):
+        first, _, last = bucket_name(bucket).partition("-")
+        assert int(first) <= position <= int(last or first)
+
+
+FLAT = [
+    ([], 0),
+    ([3.0], 0),
+    ([3.0, 2.0, 1.0], 0),
+    ([3.0, 2.99, 2.98], 2),
+    ([3.0, 2.99, 2.98, 2.8], 0),  # three small gains are a large one together
+    ([3.0, 2.0, 2.1, 2.0, 1.95], 3),
+]
+
+
+@pytest.mark.parametrize("losses, flat", FLAT)
+def test_flat_evaluations_are_counted(losses, flat):
+    assert flat_evaluations(losses, [0.1] * len(losses)) == flat
 
 
 def test_an_empty_set_is_an_error():

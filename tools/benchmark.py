@@ -1,0 +1,234 @@
+"""Measures what docs/performance.md quotes: `python -m tools.benchmark train [--json] [--cases=d256,d512] [--rounds=5]`
+
+Our training step and torch + transformers' Llama of the same shapes (extra `hf`, and torch) take turns, each in a process
+of its own, so that a slow moment of a shared machine hits both; the ratio is the median over rounds. Ceiling: this machine's
+best float32 matrix product, measured between the turns. Nothing here is a test: only the paired ratios mean anything.
+"""
+
+import multiprocessing
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from experiments import command_line
+from research.environment import keep_freed_memory
+from research.config import nearest
+from research.errors import InputError
+from research.models.attention import Attention
+from research.models.mlp import GatedMlp
+from research.schema import Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig
+
+command_line.define_json_flag()
+flags.DEFINE_list("cases", ["d256", "d512"], "Which cases to measure.")
+flags.DEFINE_integer("rounds", 5, "Turns of each side.", lower_bound=1)
+flags.DEFINE_float("seconds", 6.0, "Length of a turn.", lower_bound=0.1)
+flags.DEFINE_boolean("torch", True, "Measure torch, too, where it and transformers are installed.")
+flags.adopt_module_key_flags(command_line)
+FLAGS = flags.FLAGS
+
+
+def case(dim: int, layers: int, heads: int, hidden: int, batch: int) -> Config:
+    """Llama of these widths: float32, AdamW, clipping, vocabulary 8192, rows of 256."""
+    return Config(
+        name=f"d{dim}",
+        model=ModelConfig(vocab_size=8192, dim=dim, max_len=256,
+                          stages=(Stage((Attention(heads=heads), GatedMlp(hidden=hidden)), layers),)),
+        data=DataConfig(sources=(Source("synthetic"),), seq_len=256),
+        optim=OptimConfig(lr=3e-4, weight_decay=0.1, schedule="constant"),
+        train=TrainConfig(steps=1000, batch_size=batch))
+
+
+CASES = {"d256": case(256, 6, 4, 704, 8), "d512": case(512, 8, 8, 1408, 4)}
+
+
+def ours(pipe: Connection, config: Config) -> None:
+    """A worker: answers each "seconds" it is sent with (steps, seconds, steps' FLOPs); stops at None."""
+    keep_freed_memory()
+    from research.training.program import make_program
+    from research.training.state import init_state
+
+    program = make_program(config)
+    began = time.perf_counter()
+    compiled = program.compile()
+    compile_seconds = time.perf_counter() - began
+    state = init_state(program.model.init, program.optimizer, program.layout, 0)
+    batch = jax.device_put(batch_of(config), program.layout.batch())
+    state, metrics = compiled(state, None, batch)
+    jax.block_until_ready(metrics)
+    pipe.send({"compile_seconds": compile_seconds, "flops": program.flops_per_token * program.tokens_per_step})
+    while (seconds := pipe.recv()) is not None:
+        steps, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            state, metrics = compiled(state, None, batch)
+            jax.block_until_ready(metrics)
+            steps += 1
+        pipe.send((steps, time.perf_counter() - began))
+
+
+def batch_of(config: Config) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (1, config.train.batch_size, config.data.seq_len)
+    tokens = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
+    return {"tokens_BxL": tokens[..., :-1], "targets_BxL": tokens[..., 1:], "weights_BxL": np.ones(shape, np.float32),
+            "positions_BxL": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape),
+            "segment_ids_BxL": np.ones(shape, np.int32)}
+
+
+def theirs(pipe: Connection, config: Config) -> None:
+    """The same for transformers' LlamaForCausalLM with torch's AdamW (fused), clipping at 1; eager, as people run it."""
+    keep_freed_memory()
+    import torch
+    import transformers
+
+    attention, mlp = config.model.stages[0].pattern
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config.model.vocab_size, hidden_size=config.model.dim, intermediate_size=mlp.hidden,
+        num_hidden_layers=config.model.stages[0].repeats, num_attention_heads=attention.heads,
+        num_key_value_heads=attention.heads, max_position_embeddings=config.model.max_len, use_cache=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, fused=True)
+    tokens = torch.from_numpy(batch_of(config)["tokens_BxL"][0].astype(np.int64))
+
+    def step() -> None:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    pipe.send({"threads": torch.get_num_threads(), "version": torch.__version__})
+    while (seconds := pipe.recv()) is not None:
+        steps, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            step()
+            steps += 1
+        pipe.send((steps, time.perf_counter() - began))
+
+
+def ceiling(pipe: Connection, _: Config) -> None:
+    """The best float32 matrix product for a moment: answers (FLOP/s, seconds)."""
+    from research import hardware
+
+    pipe.send({})
+    while pipe.recv() is not None:
+        hardware.measured_cpu_peak.cache_clear()
+        pipe.send((hardware.measured_cpu_peak(), 1.0))
+
+
+class Worker:
+    """A process that measures one side, waiting in between without using the machine."""
+
+    def __init__(self, target: Any, config: Config):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._process = context.Process(target=target, args=(far, config), daemon=True)
+        self._process.start()
+        far.close()
+        self.about = self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the measuring process ended with exit code {self._process.exitcode}") from None
+
+    def rate(self, seconds: float) -> float:
+        """Steps per second over a turn."""
+        self._pipe.send(seconds)
+        count, took = self._receive()
+        return count / took
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def measure(name: str, config: Config, rounds: int, seconds: float, with_torch: bool) -> dict[str, Any]:
+    """The JSON entry of one case: medians over rounds, and every round's ratio."""
+    sides = {"ours": Worker(ours, config), "ceiling": Worker(ceiling, config)}
+    if with_torch:
+        sides["torch"] = Worker(theirs, config)
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds):
+        for side, worker in sides.items():
+            rates[side].append(worker.rate(seconds))
+        logging.info("%s round %d/%d: %s", name, number + 1, rounds,
+                     ", ".join(f"{side} {values[-1]:.4g}" for side, values in rates.items()))
+    for worker in sides.values():
+        worker.close()
+    tokens = config.train.batch_size * config.data.seq_len
+    flops = sides["ours"].about["flops"]
+    shares = [rate * flops / peak for rate, peak in zip(rates["ours"], rates["ceiling"])]
+    ratios = [a / b for a, b in zip(rates["ours"], rates["torch"])] if with_torch else []
+    return {"name": name, "ours_tokens_per_second": statistics.median(rates["ours"]) * tokens,
+            "torch_tokens_per_second": statistics.median(rates["torch"]) * tokens if with_torch else None,
+            "ratio": statistics.median(ratios) if ratios else None, "ratios": ratios,
+            "ceiling_share": statistics.median(shares), "ceiling_flops": statistics.median(rates["ceiling"]),
+            "about": {side: worker.about for side, worker in sides.items()}}
+
+
+def compile_ratio() -> float:
+    """Seconds to compile 64 layers over those for 8, without the persistent cache; the less of two tries each."""
+    from research.config import override
+    from research.training.program import make_program
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    times: dict[int, list[float]] = {8: [], 64: []}
+    for _ in range(2):
+        for layers, found in times.items():
+            config = override(CASES["d256"], {"model.stages.0.repeats": layers, "model.dim": 64, "train.batch_size": 2})
+            program = make_program(config)
+            began = time.perf_counter()
+            program.compile()
+            found.append(time.perf_counter() - began)
+    jax.config.update("jax_enable_compilation_cache", True)
+    return min(times[64]) / min(times[8])
+
+
+def has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        logging.warning("torch or transformers is missing: pip install torch -e '.[hf]' to measure against it")
+        return False
+    return True
+
+
+def train() -> dict[str, Any]:
+    for name in FLAGS.cases:
+        if name not in CASES:
+            raise InputError("--cases", f"unknown {name!r}", nearest(name, list(CASES)))
+    with_torch = FLAGS.torch and has_torch()
+    cases = [measure(name, CASES[name], FLAGS.rounds, FLAGS.seconds, with_torch) for name in FLAGS.cases]
+    return {"cases": cases, "compile_ratio_64_to_8": compile_ratio(), "rounds": FLAGS.rounds, "seconds": FLAGS.seconds,
+            "allocator": "glibc trim_threshold=2^31-1 mmap_max=0 arena_max=1, both sides"}
+
+
+VERBS = {"train": train}
+
+
+def main(argv: list[str]) -> int:
+    verb = argv[1] if len(argv) > 1 else ""
+    if verb not in VERBS:
+        raise InputError("verb", f"unknown {verb!r}" if verb else "is missing", nearest(verb, list(VERBS)))
+    answer = VERBS[verb]()
+    if FLAGS.json:
+        command_line.print_json(answer)
+        return 0
+    for entry in answer["cases"]:
+        ratio = f"{entry['ratio']:.2f}x torch" if entry["ratio"] else "torch not measured"
+        print(f"{entry['name']}: {entry['ours_tokens_per_second']:,.0f} tokens/s, {ratio}, "
+              f"{100 * entry['ceiling_share']:.0f}% of the ceiling")
+    print(f"compile time of 64 layers over 8: {answer['compile_ratio_64_to_8']:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main, arguments=True)
