@@ -29,8 +29,8 @@ def quickstart() -> Config:
             stages=(Stage((Attention(heads=4), GatedMlp(hidden=352)), repeats=4),)),
         data=DataConfig(sources=(Source("sourcecode"),), tokenizer="sentencepiece", seq_len=256,
                         validation=(Validation(max_rows=256),)),
-        optim=OptimConfig(lr=6e-3, warmup_steps=40, weight_decay=0.1, schedule="cosine"),
-        train=TrainConfig(steps=600, batch_size=8, eval_every=200, sample_every=200),
+        optim=OptimConfig(lr=4e-3, warmup_steps=60, weight_decay=0.1, schedule="cosine"),
+        train=TrainConfig(steps=1200, batch_size=4, eval_every=400, sample_every=400),
         checkpoint=CheckpointConfig(every_minutes=1.0),
     )
 

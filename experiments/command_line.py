@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -48,6 +48,13 @@ def print_json(data: Mapping[str, Any]) -> None:
     sys.stdout.flush()
     with os.fdopen(os.dup(_answer), "w") as file:
         file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns of text, aligned; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ The same command again goes on where the run stopped. Ctrl-C saves and stops; so
 `tensorboard --logdir=runs`. Presets are in configs/; every field can be set, see docs/interfaces.md.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -41,8 +42,9 @@ def main(_: list[str]) -> int:
 
 def print_summary(name: str, result: dict) -> None:
     """What came out, and what a person would want next."""
+    mfu = f", MFU {100 * result['mfu']:.0f}%" if result["mfu"] is not None else ""
     print(f"\n{name}: {result['steps']} steps, {result['tokens']:,} tokens, {result['params']['total']:,} parameters, "
-          f"{result['tokens_per_second']:,.0f} tokens/s, MFU {100 * result['mfu']:.0f}%")
+          f"{result['tokens_per_second']:,.0f} tokens/s{mfu}")
     if result["status"] == "saturated":
         print(f"  saturated: the held-out loss stopped improving, so the run ended at step {result['steps']}")
     for dataset, r in result["final_eval"].items():
@@ -50,7 +52,7 @@ def print_summary(name: str, result: dict) -> None:
               f"{r['bits_per_byte']:.4f} bits/byte  ({r['tokens']:,} tokens of {r['documents']} documents)")
     if result["sample"]:
         print("\nA sample:\n\n    " + result["sample"].replace("\n", "\n    "))
-    python = f"{sys.executable} -m" if ".venv" in sys.executable else "python -m"
+    python = f"{os.path.relpath(sys.executable)} -m" if ".venv" in sys.executable else "python -m"
     workdir = FLAGS.workdir
     print(f"""
 Next:

@@ -20,7 +20,8 @@ def prepare() -> None:
 
 def accelerators() -> list[str]:
     """Device files of TPUs and of NVIDIA and AMD GPUs on this host."""
-    return [path for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd") for path in glob.glob(pattern)]
+    patterns = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    return [path for pattern in patterns for path in glob.glob(pattern)]
 
 
 def keep_freed_memory() -> bool:

@@ -6,7 +6,7 @@ import sys
 
 from research import environment
 
-SCRIPT = "import os, {package}, jax; print(os.environ['JAX_PLATFORMS'] if 'JAX_PLATFORMS' in os.environ else None, len(jax.devices()))"
+SCRIPT = "import os, {package}, jax; print(os.environ['JAX_PLATFORMS'], len(jax.devices()))"
 
 
 def test_commands_take_the_cpu_quietly_where_there_is_nothing_else():
@@ -30,4 +30,5 @@ def test_what_the_user_says_stays(monkeypatch):
 
 
 def test_the_c_library_takes_the_settings():
-    assert environment.keep_freed_memory() == (sys.platform.startswith("linux") and "glibc" in os.confstr("CS_GNU_LIBC_VERSION"))
+    has_glibc = sys.platform.startswith("linux") and "glibc" in os.confstr("CS_GNU_LIBC_VERSION")
+    assert environment.keep_freed_memory() == has_glibc

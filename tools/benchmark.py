@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import command_line
-from research.environment import keep_freed_memory
 from research.config import nearest
+from research.environment import keep_freed_memory
 from research.errors import InputError
 from research.models.attention import Attention
 from research.models.mlp import GatedMlp

@@ -66,7 +66,7 @@ def main(_: list[str]) -> int:
             table = [["name", "family", "params", "active", "train FLOPs/token", "state bytes at 4096"]]
             table += [[r["name"], r["family"], f"{r['params']:,}", f"{r['active_params']:,}", f"{r['flops_per_token']:.3g}",
                        f"{r['state_bytes_4096']:,}"] for r in rows]
-            print_table(table)
+            command_line.print_table(table)
         return 0
     config, _ = command_line.configured()
     chips = FLAGS.chips or jax.device_count()
@@ -77,7 +77,7 @@ def main(_: list[str]) -> int:
     if FLAGS.json:
         command_line.print_json(whole | {"weights": weights})
         return 0
-    print_table([["weight", "shape", "axes", "summed over", "role", "sharding", "params"]] + [
+    command_line.print_table([["weight", "shape", "axes", "summed over", "role", "sharding", "params"]] + [
         [row["path"], "x".join(map(str, row["shape"])), " ".join(row["axes"]), " ".join(row["inputs"]), row["role"],
          row["sharding"].removeprefix("PartitionSpec").removeprefix("P"), f"{row['params']:,}"] for row in weights])
     print(f"\n{config.name}: {whole['family']}, {whole['params']:,} parameters ({whole['active_params']:,} active, "
@@ -85,12 +85,6 @@ def main(_: list[str]) -> int:
           f"{whole['flops_per_token']:,.0f} training FLOPs a token at length {config.data.seq_len}; decode state of a sequence "
           f"of 4096: {whole['state_bytes_4096']:,} bytes\nmesh {axes or 'one device'}, rules {config.mesh.rules}")
     return 0
-
-
-def print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 if __name__ == "__main__":

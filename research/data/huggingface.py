@@ -3,10 +3,10 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Sequence
 
 from research.config import nearest
-from research.data.records import Records, first_line, one_of
+from research.data.records import Indexed, Records, first_line, one_of
 from research.errors import InputError
 
 
@@ -43,11 +43,12 @@ class HuggingFace(Records):
     def _single(self) -> tuple[str, str]:
         return "field", self.field or "text"
 
-    def _shards(self) -> Sequence["_Split"]:
+    def _shards(self) -> Sequence[Indexed]:
         try:
             import datasets
         except ImportError:
-            raise InputError("name", "the source huggingface needs the package datasets", 'pip install "rung[hf]"') from None
+            raise InputError("name", "the source huggingface needs the package datasets",
+                             'pip install "rung[hf]"') from None
         path = pathlib.Path(os.path.expanduser(self.dataset))
         local = path.is_dir()
         name = path.resolve().name if local else self.dataset
@@ -55,7 +56,7 @@ class HuggingFace(Records):
         if data is None:
             data = self._load(datasets, str(path) if local else self.dataset)
         pieces = [name, *([self.config] if self.config else []), self.split]
-        return [_Split("/".join(pieces), data)]
+        return [Indexed("/".join(pieces), data)]
 
     def _load(self, datasets: Any, path: str) -> Any:
         disabled = datasets.utils.logging.is_progress_bar_enabled()
@@ -65,7 +66,7 @@ class HuggingFace(Records):
         except datasets.exceptions.DatasetNotFoundError:
             raise InputError("dataset", f"unknown data set {self.dataset!r}", _known(datasets, self.dataset)) from None
         except ConnectionError as error:
-            raise InputError("dataset", f"{self.dataset!r} isn't here and the Hub can't be reached ({first_line(error)})",
+            raise InputError("dataset", f"{self.dataset!r} isn't here, and the Hub not reached ({first_line(error)})",
                              f"{_known(datasets, self.dataset)}, or name a local directory") from None
         except ValueError as error:
             field = "split" if "split" in str(error).lower() else "config"
@@ -95,17 +96,6 @@ def _saved(datasets: Any, path: pathlib.Path, split: str) -> Any:
 def _known(datasets: Any, wanted: str) -> str:
     """The nearest among the data sets in the library's cache."""
     root = pathlib.Path(datasets.config.HF_DATASETS_CACHE)
-    names = [path.name.replace("___", "/") for path in sorted(root.glob("*")) if path.is_dir() and path.name != "downloads"]
+    names = [path.name.replace("___", "/") for path in sorted(root.glob("*"))
+             if path.is_dir() and path.name != "downloads"]
     return nearest(wanted, names) if names else "no data set is in the cache"
-
-
-class _Split:
-    def __init__(self, name: str, data: Any):
-        self.name, self._data = name, data
-
-    def rows(self) -> Iterator[tuple[int, Any]]:
-        for row in range(len(self._data)):
-            yield row, self._data[row]
-
-    def row(self, index: int) -> Mapping[str, Any]:
-        return self._data[index]

@@ -83,7 +83,8 @@ class Mixture:
         for sample in sorted({sample for curve in self._points for sample, _ in curve}):
             for block in {max(sample // BLOCK + step, 0) for step in (-1, 0, 1)}:
                 if not sum(_weight_at(curve, block) for curve in self._points):
-                    raise InputError("data.sources", f"the weights sum to nothing at sample {block * BLOCK + BLOCK // 2}",
+                    place = block * BLOCK + BLOCK // 2
+                    raise InputError("data.sources", f"the weights sum to nothing at sample {place}",
                                      "give one of them a later weight above 0 there")
 
     def _units_of(self, block: int) -> list[int]:

@@ -56,7 +56,8 @@ class _File:
         try:
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
         except self._errors as error:
-            raise InputError("paths", f"{name} is no whole Parquet file ({first_line(error)})", "copy it again") from None
+            raise InputError("paths", f"{name} is no whole Parquet file ({first_line(error)})",
+                             "copy it again") from None
         known = self._file.schema_arrow.names
         self._columns = sorted({column if column in known else column.split(".")[0] for column in wanted})
         for column in self._columns:

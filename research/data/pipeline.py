@@ -86,7 +86,7 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
       InputError: any bad input, by its field: an unknown source or argument, a missing file, an empty corpus
         or split, a vocabulary larger than the corpus fills, a cache directory that can't be written.
     """
-    sources = _make_sources(data.sources, "data.sources", data.cache_dir)
+    sources = make_sources(data.sources, "data.sources", data.cache_dir)
     corpus_hash = documents.combine([source.fingerprint() for source in sources])
     members = _members(sources, data.sources)
     tokenizer = _tokenizer(data, vocab_size, sources, members, corpus_hash, quiet)
@@ -100,7 +100,7 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
     validation = {}
     for i, wanted in enumerate(data.validation):
         if wanted.sources:
-            others = _make_sources(wanted.sources, f"data.validation.{i}.sources", data.cache_dir)
+            others = make_sources(wanted.sources, f"data.validation.{i}.sources", data.cache_dir)
             parts = [token_cache(source, tokenizer, 0.0, data.cache_dir, quiet)["train"] for source in others]
         else:
             parts = [cache["validation"] for cache in caches]
@@ -170,7 +170,7 @@ def _weights(members: Sequence[_Member], parts: Sequence[Part], configs: Sequenc
     return tuple(weights)
 
 
-def _make_sources(configs: Sequence[Source], field: str, cache_dir: str) -> list[DocumentSource]:
+def make_sources(configs: Sequence[Source], field: str, cache_dir: str) -> list[DocumentSource]:
     """The sources, each looked at once, so that a missing file or an empty corpus is found with its field."""
     sources = []
     for i, config in enumerate(configs):
@@ -201,31 +201,71 @@ def _tokenizer(
     directory = directory_of(data.tokenizer)
     if directory:
         try:
-            return load_tokenizer(directory)
+            found = load_tokenizer(directory)
         except InputError as error:
             raise InputError("data.tokenizer", error.problem, error.cure) from None
+        if found.vocab_size > vocab_size:  # said before anything is tokenised
+            raise InputError("model.vocab_size", f"{vocab_size} is below the {found.vocab_size} of {data.tokenizer}",
+                             f"set model.vocab_size={found.vocab_size}")
+        return found
     name, size = parse_spec(data.tokenizer, vocab_size)
     if name == "bytes":
         return TOKENIZERS[name]()
-    # Groups with shares of their own are sampled by them; others with their source.
-    chosen = [(member.source if member.share is not None else sources[member.number], member.number, member.share or 1.0)
-              for i, member in enumerate(members)
-              if member.share is not None or member.number not in {other.number for other in members[:i]}]
-    most = [max(config.weight, *config.later_weights) if config.later_weights else config.weight
-            for config in data.sources]
-    shares = [most[number] * share / sum(most) for _, number, share in chosen]
+    chosen, shares = _shares(data, sources, members)
     key = documents.combine([corpus_hash, repr(shares), repr(data.holdout), str(size),
                              str(TOKENIZER_SAMPLE_BYTES), TOKENIZERS[name].training_key])
     path = storage.cache_root(data.cache_dir) / f"tokenizer-{key[:24]}"
     if not _loads(path):
         with storage.building(path, _loads) as build:
-            logging.info("training a vocabulary of %d on at most %.0f MB", size, TOKENIZER_SAMPLE_BYTES / 1e6)
-            bar = tqdm(desc=f"vocabulary of {size}", unit="B", unit_scale=True, disable=quiet or None,
-                       dynamic_ncols=True)
-            with bar:
-                texts = sample_texts([source for source, _, _ in chosen], shares, data.holdout, bar)
-                TOKENIZERS[name].train(texts, size).save(build)
+            _train(name, size, chosen, shares, data.holdout, quiet).save(build)
     return load_tokenizer(path)
+
+
+def train_tokenizer(
+    data: DataConfig, name: str, vocab_size: int, *, chat: bool = False, sample_bytes: int | None = None,
+    quiet: bool = False,
+) -> Tokenizer:
+    """A vocabulary of the kind `name` (a row of TOKENIZERS), trained on the training documents of `data`.
+
+    Args:
+      chat: with the markers of vocabulary.CHAT_MARKERS.
+      sample_bytes: how much text to train on, at most; default TOKENIZER_SAMPLE_BYTES.
+
+    Raises:
+      InputError: bad sources, a size that the kind or the text can't fill.
+    """
+    parse_spec(f"{name}:{vocab_size}", vocab_size)
+    sources = make_sources(data.sources, "data.sources", data.cache_dir)
+    chosen, shares = _shares(data, sources, _members(sources, data.sources))
+    return _train(name, vocab_size, chosen, shares, data.holdout, quiet, chat, sample_bytes)
+
+
+def _shares(
+    data: DataConfig, sources: Sequence[DocumentSource], members: Sequence[_Member]
+) -> tuple[list[DocumentSource], list[float]]:
+    """What a vocabulary is trained on: groups with shares of their own by them, the other sources whole."""
+    chosen, weights = [], []
+    for i, member in enumerate(members):
+        config = data.sources[member.number]
+        weight = max(config.weight, *config.later_weights) if config.later_weights else config.weight
+        if member.share is not None:
+            chosen.append(member.source)
+            weights.append(weight * member.share)
+        elif member.number not in {other.number for other in members[:i]}:
+            chosen.append(sources[member.number])
+            weights.append(weight)
+    return chosen, [weight / sum(weights) for weight in weights]
+
+
+def _train(
+    name: str, size: int, chosen: Sequence[DocumentSource], shares: Sequence[float], holdout: float, quiet: bool,
+    chat: bool = False, sample_bytes: int | None = None,
+) -> Tokenizer:
+    most = TOKENIZER_SAMPLE_BYTES if sample_bytes is None else sample_bytes
+    logging.info("training a vocabulary of %d on at most %.0f MB", size, most / 1e6)
+    name_of_bar = f"vocabulary of {size}"
+    with tqdm(desc=name_of_bar, unit="B", unit_scale=True, disable=quiet or None, dynamic_ncols=True) as bar:
+        return TOKENIZERS[name].train(sample_texts(chosen, shares, holdout, bar, most), size, chat)
 
 
 def _loads(path: pathlib.Path) -> bool:
@@ -237,11 +277,11 @@ def _loads(path: pathlib.Path) -> bool:
 
 
 def sample_texts(
-    sources: Sequence[DocumentSource], shares: Sequence[float], holdout: float, bar: tqdm
+    sources: Sequence[DocumentSource], shares: Sequence[float], holdout: float, bar: tqdm, most: int
 ) -> Iterator[str]:
-    """Training documents, evenly spread over each source, up to its share (they sum to 1) of TOKENIZER_SAMPLE_BYTES."""
+    """Training documents, evenly spread over each source, up to its share (they sum to 1) of `most` bytes."""
     for source, share in zip(sources, shares):
-        left = share * TOKENIZER_SAMPLE_BYTES
+        left = share * most
         names = [source.document_id(i) for i in range(len(source))]
         for i in sorted(range(len(names)), key=lambda i: documents.subset_key(names[i])):
             if left <= 0:

@@ -1,7 +1,7 @@
 """Tokenizers of the `tokenizers` library (extra `hf`): a directory with a tokenizer.json, and WordPiece to train.
 
-WordPiece (Schuster and Nakajima 2012; Devlin et al. 2018) here works on bytes, so that it is lossless: words are written
-in GPT-2's byte alphabet (Radford et al. 2019), every byte is a piece, at a word's start and inside it.
+WordPiece (Schuster and Nakajima 2012; Devlin et al. 2018) here works on bytes, so that it is lossless: words are
+written in GPT-2's byte alphabet (Radford et al. 2019), every byte is a piece, at a word's start and inside it.
 """
 
 import hashlib
@@ -55,7 +55,8 @@ class HuggingFaceTokenizer:
         self.token_bytes_V = np.array([len(piece) for piece in self._pieces], np.int32)
         self.lossless = self.decode_bytes(self.encode(_PROBE)) == _PROBE.encode("utf-8")
         if not self.lossless:
-            logging.warning("this tokenizer changes the text (case, spaces or rare characters): bits per byte is approximate")
+            logging.warning("this tokenizer changes the text (case, spaces or rare characters): "
+                            "bits per byte is approximate")
 
     @classmethod
     def from_model(cls, model: bytes) -> "HuggingFaceTokenizer":

@@ -171,6 +171,23 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
+class Indexed:
+    """A shard over a library's own sequence of rows."""
+
+    def __init__(self, name: str, data: Sequence[Mapping[str, Any]]):
+        self.name, self._data = name, data
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        for row in range(len(self._data)):
+            try:
+                yield row, self.row(row)
+            except (OSError, RuntimeError, ValueError) as error:
+                yield row, BadRow(f"can't be read ({first_line(error)})")
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        return self._data[index]
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The documents of one group of a source; a source itself."""
@@ -212,7 +229,7 @@ class _Indexer:
         self._shard, self._row, self._group = array.array("i"), array.array("q"), array.array("i")
         self._codes: dict[str, int] = {}  # in the order of their first documents
         self._digests: dict[str, Any] = {}
-        self._bad: list[str] = []
+        self._bad, self._first = 0, ""
         self._rows = 0
         self.seen: set[str] = set()
 
@@ -228,8 +245,10 @@ class _Indexer:
             problem = f"{shard}, row {row}: {error}"
             if source.on_error == "stop":
                 argument = "paths" if hasattr(source, "paths") else source._single()[0]
-                raise InputError(argument, problem, 'repair it, or set on_error to "skip" to leave bad rows out') from None
-            self._bad.append(problem)
+                raise InputError(argument, problem,
+                                 'repair it, or set on_error to "skip" to leave bad rows out') from None
+            self._bad += 1
+            self._first = self._first or problem
             return
         self.seen.add(group)
         if not text.strip() or (source.groups and group not in source.groups):
@@ -247,12 +266,12 @@ class _Indexer:
     def finish(self, shards: tuple[Shard, ...]) -> _Index:
         if self._bad:
             logging.warning("%s: left out %d bad rows of %d; the first: %s", type(self._source).__name__.lower(),
-                            len(self._bad), self._rows, self._bad[0])
+                            self._bad, self._rows, self._first)
         names = sorted(self._digests)
         code_of = np.array([names.index(name) for name in self._codes], np.int32)
         group_D = code_of[np.array(self._group, np.int32)] if len(self._group) else np.zeros(0, np.int32)
         return _Index(shards, np.array(self._shard, np.int32), np.array(self._row, np.int64), group_D,
-                      tuple((name, self._digests[name].hexdigest()) for name in names), len(self._bad))
+                      tuple((name, self._digests[name].hexdigest()) for name in names), self._bad)
 
 
 def _name(shard: str, row: int) -> str:

@@ -47,7 +47,7 @@ def make_source(name: str, args: Mapping[str, Any], cache_dir: str = DEFAULT_CAC
             raise InputError(f"args.{key}", f"unknown argument of {name}", nearest(key, list(hints)))
         if isinstance(value, str) and typing.get_origin(hints[key]) is tuple:
             values[key] = (value,)
-        elif hints[key] in (str, str | None) and isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+        elif hints[key] in (str, str | None) and isinstance(value, tuple) and all(isinstance(v, str) for v in value):
             values[key] = ",".join(value)  # a text with commas, cut at them on the command line
     for field in dataclasses.fields(SOURCES[name]):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -73,7 +73,8 @@ class SentencePieceTokenizer:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(texts), model_writer=model, vocab_size=vocab_size,
-                model_type=cls._model_type, control_symbols=[SPECIALS[MASK], *(CHAT_MARKERS if chat else ())], **_OPTIONS)
+                model_type=cls._model_type,
+                control_symbols=[SPECIALS[MASK], *(CHAT_MARKERS if chat else ())], **_OPTIONS)
         except RuntimeError as error:
             small = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
             if small:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Sequence
 
 from research.config import nearest
-from research.data.records import Records, first_line, one_of
+from research.data.records import Indexed, Records, first_line, one_of
 from research.errors import InputError
 
 
@@ -39,7 +39,7 @@ class TensorFlowDatasets(Records):
     def _single(self) -> tuple[str, str]:
         return "field", self.field or "text"
 
-    def _shards(self) -> Sequence["_Split"]:
+    def _shards(self) -> Sequence[Indexed]:
         import tensorflow_datasets as tfds  # seconds that other sources don't need
 
         directory = None if self.data_dir is None else os.path.expanduser(self.data_dir)
@@ -50,7 +50,8 @@ class TensorFlowDatasets(Records):
             name = self.dataset.partition(":")[0].partition("/")[0]
             known = tfds.list_builders(with_community_datasets=False)  # the others are asked of a bucket
             here = [entry.name for entry in os.scandir(directory)] if directory and os.path.isdir(directory) else []
-            raise InputError("dataset", f"unknown data set {self.dataset!r}", nearest(name, sorted({*known, *here}))) from None
+            raise InputError("dataset", f"unknown data set {self.dataset!r}",
+                             nearest(name, sorted({*known, *here}))) from None
         except (AssertionError, ValueError, RuntimeError, ImportError, OSError) as error:
             raise InputError("dataset", f"{self.dataset!r} can't be opened ({first_line(error)})",
                              "correct its name, config and version") from None
@@ -59,7 +60,7 @@ class TensorFlowDatasets(Records):
                 builder.download_and_prepare(file_format="array_record")
             except (ImportError, OSError, RuntimeError, ValueError) as error:
                 raise InputError("dataset", f"{self.dataset!r} can't be prepared ({first_line(error)})",
-                                 "prepare it on a machine with a network and TensorFlow, and copy it to data_dir") from None
+                                 "prepare it where there is a network, and copy it to data_dir") from None
         elif not builder.info.splits:
             raise InputError("dataset", f"{self.dataset!r} isn't prepared in {builder.data_dir}", prepare)
         try:
@@ -71,16 +72,4 @@ class TensorFlowDatasets(Records):
                              nearest(self.split, list(builder.info.splits))) from None
         except OSError as error:
             raise InputError("dataset", f"{self.dataset!r} can't be read ({first_line(error)})", prepare) from None
-        return [_Split(f"{builder.info.full_name}/{self.split}", rows)]
-
-
-class _Split:
-    def __init__(self, name: str, data: Any):
-        self.name, self._data = name, data
-
-    def rows(self) -> Iterator[tuple[int, Any]]:
-        for row in range(len(self._data)):
-            yield row, self._data[row]
-
-    def row(self, index: int) -> Mapping[str, Any]:
-        return self._data[index]
+        return [Indexed(f"{builder.info.full_name}/{self.split}", rows)]

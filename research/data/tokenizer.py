@@ -131,7 +131,8 @@ def parse_spec(spec: str, vocab_size: int) -> tuple[str, int]:
             raise InputError("data.tokenizer", f"{spec!r}: bytes has a fixed vocabulary", "write bytes")
         return name, BytesTokenizer.vocab_size
     if name == HuggingFaceTokenizer.name:
-        raise InputError("data.tokenizer", f"{spec!r} names no vocabulary", "give the directory that holds its tokenizer.json")
+        raise InputError("data.tokenizer", f"{spec!r} names no vocabulary",
+                         "give the directory that holds its tokenizer.json")
     if colon and not (size.isascii() and size.isdigit()):
         raise InputError("data.tokenizer", f"{size!r} is no vocabulary size", f"write {name} or {name}:4096")
     wanted = int(size) if colon else vocab_size

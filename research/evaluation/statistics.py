@@ -148,7 +148,8 @@ def bootstrap(
       samples: arrays of length D; entry i of each belongs to unit i.
       method: "percentile" or "bca" (bias-corrected and accelerated: Efron 1987; Efron and Tibshirani 1993, chapter 14).
 
-    `se` is the standard deviation of the resampled values; `p` is twice the smaller share of them beyond 0, at least 1/resamples.
+    `se` is the standard deviation of the resampled values; `p` is twice the smaller share of them beyond 0, at least
+    1 / resamples.
 
     Raises:
       ValueError: an unknown method, fewer than 2 units, or arrays of different lengths.
@@ -171,7 +172,8 @@ def bootstrap(
         levels = _bca_levels(statistic, samples, values_R, value, levels)
     low, high = np.quantile(values_R, levels)
     beyond = min(float(np.mean(values_R <= 0)), float(np.mean(values_R >= 0)))
-    return Estimate(value, float(low), float(high), float(values_R.std(ddof=1)), min(1.0, max(2 * beyond, 1 / resamples)), count)
+    p = min(1.0, max(2 * beyond, 1 / resamples))
+    return Estimate(value, float(low), float(high), float(values_R.std(ddof=1)), p, count)
 
 
 def _bca_levels(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, Mapping
 
 import flax.linen as nn

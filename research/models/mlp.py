@@ -76,7 +76,9 @@ class GatedMlpMixer(_Stateless):
         cfg = self.cfg
         gate_BxLxF = self.linear("gate", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
         up_BxLxF = self.linear("up", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
-        h_BxLxF = ACTIVATIONS[cfg.activation](gate_BxLxF) * up_BxLxF
+        # Only gate and up are kept for the backward pass; the product and what the activation keeps are made again.
+        activate = ACTIVATIONS[cfg.activation]
+        h_BxLxF = jax.checkpoint(lambda gate, up: activate(gate) * up)(gate_BxLxF, up_BxLxF)
         return self.linear("down", h_BxLxF, x_BxLxD.shape[-1], ("mlp", "embed"), cfg.bias), state, {}
 
     @staticmethod

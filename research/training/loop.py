@@ -27,7 +27,7 @@ from research.training.checkpoint import Checkpointer, initialise_from
 from research.training.metrics import Clock, Recorder, Speed, run_name
 from research.training.mirrors import Announced, WandbMirror, check_wandb
 from research.training.program import BATCH_FIELDS, Program, make_program
-from research.training.reporting import evaluate_sets, finish, sample_text, saturated
+from research.training.reporting import evaluate_sets, finish, model_utilization, sample_text, saturated
 from research.training.session import Launch, Session, evaluated_until
 from research.training.state import TrainState, init_state, restart_from
 from research.training.workdir import Ledger, Lock, check_config, write_config
@@ -115,12 +115,16 @@ def _open_workdir(workdir: epath.Path, config: Config, launch: Launch, data: Any
         shutil.copyfile(launch.prediction, os.fspath(workdir / PREDICTION_FILE))
 
 
-def _peak_flops(config: Config) -> float:
-    """Peak FLOP/s of all devices together; measured where they are this host's cores."""
+def _peak_flops(config: Config) -> float | None:
+    """Peak FLOP/s of all devices together; measured where they are this host's cores, None if the chip isn't known."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return hardware.measured_cpu_peak() * jax.process_count()
-    peaks = hardware.chip_of(device).peak_flops
+    try:
+        peaks = hardware.chip_of(device).peak_flops
+    except InputError as error:
+        logging.warning("no MFU, cost or energy: %s", error)
+        return None
     name = config.model.compute_dtype
     return peaks[name if name in peaks else "bfloat16"] * hardware.chip_count(jax.devices())
 
@@ -241,7 +245,7 @@ def _report(session: Session, speed: Speed, number: int, metrics: Mapping[str, j
         return
     timing = speed.take()
     tokens_per_second = timing.pop("steps") * program.tokens_per_step / max(timing.pop("seconds"), 1e-9)
-    mfu = tokens_per_second * program.flops_per_token / session.peak_flops
+    mfu = model_utilization(session, tokens_per_second)
     memory = jax.local_devices()[0].memory_stats()
     row = {"samples": number * config.train.batch_size, "tokens": number * program.tokens_per_step,
            "flops": number * program.tokens_per_step * program.flops_per_token, **values,
@@ -250,7 +254,7 @@ def _report(session: Session, speed: Speed, number: int, metrics: Mapping[str, j
     if session.recorder:
         session.recorder.row(number, row)
     loss = values["loss"] if "loss" in values else values["objective"]
-    words = {"loss": f"{loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}", "mfu": f"{100 * mfu:.0f}%"}
+    words = {"loss": f"{loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}", **({"mfu": f"{100 * mfu:.0f}%"} if mfu else {})}
     session.bar.set_postfix(words, refresh=False)
     if session.bar.disable and not session.launch.quiet and jax.process_index() == 0:
         left = (config.train.steps - number) * timing["step_seconds_p50"]

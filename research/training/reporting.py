@@ -13,6 +13,7 @@ from research import hardware
 from research.data.loader import evaluation_batches
 from research.decoding.engine import Engine
 from research.decoding.sampling import Sampling
+from research.errors import InputError
 from research.evaluation.perplexity import Evaluation, evaluate, flat_evaluations
 from research.params import params_sha256
 from research.schema import SCHEMA_VERSION, evaluation_file
@@ -103,7 +104,7 @@ def finish(session: Session, state: TrainState, start: int, steps_done: int) -> 
         "tokens": tokens, "flops": tokens * program.flops_per_token, "params": program.model.param_counts(),
         "final_eval": evaluations, "final_eval_loss": first["loss"] if first else None,
         "final_eval_loss_se": first["se"] if first else None, "bits_per_byte": first["bits_per_byte"] if first else None,
-        "tokens_per_second": here, "mfu": here * program.flops_per_token / session.peak_flops,
+        "tokens_per_second": here, "mfu": model_utilization(session, here),
         "goodput": {name: round(value, 3) for name, value in clock.seconds.items()},
         "chip_seconds": seconds * hardware.chip_count(jax.devices()),
         **hardware_costs(seconds * hardware.chip_count(jax.devices())),
@@ -139,11 +140,21 @@ def _average(session: Session) -> Any:
         return mean_of(lambda step: checkpointer.restore_params(shapes, step), chosen)
 
 
+def model_utilization(session: Session, tokens_per_second: float) -> float | None:
+    """MFU (PaLM, appendix B): tokens/s x training FLOPs a token / peak FLOP/s of all devices; None without a peak."""
+    if not session.peak_flops:
+        return None
+    return tokens_per_second * session.program.flops_per_token / session.peak_flops
+
+
 def hardware_costs(chip_seconds: float) -> dict[str, Any]:
-    """Money at the list price and energy from half to all of the rated power; None where the chip has no such figure."""
-    chip = hardware.chip_of(jax.devices()[0])
-    hours = chip_seconds / 3600
-    cost = chip.price_per_hour and {"value": chip.price_per_hour * hours, "low": 0.0, "high": chip.price_per_hour * hours}
-    energy = chip.power_watts and {"value": 0.75 * chip.power_watts * hours / 1e3, "low": 0.5 * chip.power_watts * hours / 1e3,
-                                   "high": chip.power_watts * hours / 1e3}
-    return {"cost": cost or None, "energy_kwh": energy or None}
+    """Money: the list price, down to 40% of it (spot); energy: from half to all of the rated power. None if not known."""
+    try:
+        chip = hardware.chip_of(jax.devices()[0])
+    except InputError:
+        return {"cost": None, "energy_kwh": None}
+    price, power, hours = chip.price_per_hour, chip.power_watts, chip_seconds / 3600
+    cost = {"value": price * hours, "low": 0.4 * price * hours, "high": price * hours} if price else None
+    kilowatt_hours = hours * power / 1e3 if power else None
+    energy = {"value": 0.75 * kilowatt_hours, "low": 0.5 * kilowatt_hours, "high": kilowatt_hours} if kilowatt_hours else None
+    return {"cost": cost, "energy_kwh": energy}

@@ -98,6 +98,51 @@ def test_a_stopped_build_leaves_nothing(source, tmp_path, monkeypatch):
     assert entries(tmp_path / "cache") == []
 
 
+class Counting(BytesTokenizer):
+    """Stops when it is asked for document `stop`; counts what it encodes."""
+
+    def __init__(self, stop: int | None = None):
+        super().__init__()
+        self.encoded, self._stop = 0, stop
+
+    def encode_batch(self, texts):
+        self.encoded += len(texts)
+        if self._stop is not None and self.encoded > self._stop:
+            raise KeyboardInterrupt
+        return super().encode_batch(texts)
+
+
+def test_a_killed_build_goes_on_with_the_part_that_was_not_finished(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_PART_DOCUMENTS", 7)
+    root = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        token_cache(source, Counting(stop=24), HOLDOUT, str(root), quiet=True)  # three parts of 7, and some
+    (parts,) = root.iterdir()
+    assert entries(parts) == [f"{begin:012d}" for begin in (0, 7, 14)]
+    tokens = parts / f"{7:012d}" / "train" / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-1])  # a broken part is done again
+    again = Counting()
+    check(token_cache(source, again, HOLDOUT, str(root), quiet=True), source)
+    assert again.encoded == len(source) - 14 and len(entries(root)) == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 39, 40, 41])
+def test_parts_of_any_size_join_to_the_same(source, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(cache_module, "_PART_DOCUMENTS", size)
+    check(token_cache(source, BytesTokenizer(), HOLDOUT, str(tmp_path / "cache"), quiet=True), source)
+
+
+def test_a_large_source_has_a_bounded_number_of_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_PART_DOCUMENTS", 2)
+    monkeypatch.setattr(cache_module, "_PARTS", 4)
+    seen = []
+    write = cache_module._write_part
+    monkeypatch.setattr(cache_module, "_write_part", lambda source, chosen, *rest: (seen.append(chosen),
+                                                                                     write(source, chosen, *rest)))
+    token_cache(make_source("synthetic", {"documents": 30}), BytesTokenizer(), 0.1, str(tmp_path), quiet=True)
+    assert [list(chosen) for chosen in seen] == [list(range(i, min(i + 8, 30))) for i in (0, 8, 16, 24)]
+
+
 def test_many_builders_at_once_agree(source, tmp_path):
     def build(_):
         return token_cache(source, BytesTokenizer(), HOLDOUT, str(tmp_path / "cache"), quiet=True)
@@ -112,7 +157,7 @@ def test_building_replaces_what_is_broken_and_keeps_what_is_whole(tmp_path):
     def whole(path):
         return (path / "ok").exists()
 
-    for rounds, mark in enumerate(("first", "second")):
+    for mark in ("first", "second"):
         with storage.building(tmp_path / "x", whole) as build:
             (build / "ok").write_text(mark)
     assert (tmp_path / "x" / "ok").read_text() == "first"

@@ -72,10 +72,65 @@ def test_the_order_never_changes():
     assert mixture.BLOCK == 1024
 
 
+def shares_of(mix: Mixture, blocks: int) -> np.ndarray:
+    return np.diff(np.array([mix._counts(block) for block in range(blocks + 1)]), axis=0) / BLOCK
+
+
+def test_changing_weights_follow_their_lines_exactly_per_block():
+    points = ((0, 1.0), (20 * BLOCK, 3.0), (40 * BLOCK, 0.0))
+    mix = Mixture([points, 1.0, 0.5], [50, 60, 70], seed=3)
+    place = np.arange(60) * BLOCK + BLOCK // 2
+    weight = np.interp(place, [p for p, _ in points], [w for _, w in points])
+    expected = np.stack([weight, np.full(60, 1.0), np.full(60, 0.5)], 1)
+    expected /= expected.sum(1, keepdims=True)
+    found = shares_of(mix, 60)
+    assert np.abs(found - expected).max() < 2 / BLOCK
+    assert np.abs((found - expected).cumsum(0)).max() < 2 / BLOCK  # what rounding takes comes back
+    assert found[41:, 0].sum() == 0 and (found.sum(1) == 1).all()
+
+
+def test_changing_weights_are_pure_and_each_row_comes_once_an_epoch():
+    weights = [((0, 0.0), (3 * BLOCK, 1.0)), 1.0]
+    mix = Mixture(weights, [700, 900], seed=1)
+    expected = [mix.sample(i) for i in range(6 * BLOCK)]
+    fresh = Mixture(weights, [700, 900], seed=1)
+    assert [fresh.sample(i) for i in reversed(range(0, 6 * BLOCK, 5))] == expected[::5][::-1]
+    for source, length in enumerate((700, 900)):
+        rows = [row for found, row in expected if found == source]
+        assert len(rows) > length and sorted(rows[:length]) == list(range(length))
+    assert [mix.sample(i) for i in (0, 1023, 5000)] == [(1, 891), (1, 581), (1, 212)]  # written down
+
+
+def test_points_that_are_all_the_same_are_a_constant_weight():
+    constant = Mixture([2.0, 1.0], [10, 20], seed=0)
+    points = Mixture([((0, 2.0), (5000, 2.0)), 1.0], [10, 20], seed=0)
+    assert np.abs(shares_of(constant, 30) - shares_of(points, 30)).max() <= 1 / BLOCK
+
+
+def test_random_draws_would_be_further_off_than_the_mixture_is():
+    """The shares that come out are within sampling error, in any window: here 2000 samples from anywhere."""
+    weights = np.array([0.5, 0.3, 0.15, 0.05])
+    mix = Mixture(list(weights), [100] * 4, seed=5)
+    for start in (0, 777, 123_456):
+        found = np.bincount([mix.sample(i)[0] for i in range(start, start + 2000)], minlength=4) / 2000
+        assert (np.abs(found - weights) < 3 * np.sqrt(weights * (1 - weights) / 2000)).all()
+
+
+@pytest.mark.parametrize("weights", [
+    [((0, 1.0), (100, 0.0))], [((0, 1.0), (5000, 0.0)), ((0, 1.0), (9000, 0.0))],
+    [((0, 0.0), (5000, 0.0), (9000, 1.0))], [((0, 1.0), (3000, 0.0), (9000, 0.0), (9001, 1.0))]])
+def test_weights_that_sum_to_nothing_somewhere_are_refused(weights):
+    with pytest.raises(InputError, match="sum to nothing at sample") as caught:
+        Mixture(weights, [10] * len(weights), 0)
+    assert caught.value.field == "data.sources"
+
+
 @pytest.mark.parametrize("weights,lengths,field", [
     ([], [], "data.sources"), ([1.0], [1, 2], "data.sources"), ([1.0, 0.0], [1, 2], "data.sources.1.weight"),
     ([-1.0], [3], "data.sources.0.weight"), ([float("nan")], [3], "data.sources.0.weight"),
-    ([1.0, 1.0], [3, 0], "data.sources.1")])
+    ([1.0, 1.0], [3, 0], "data.sources.1"),
+    ([1.0, ((0, 0.0), (9, 0.0))], [3, 3], "data.sources.1.weight"),
+    ([((0, 1.0), (9, -1.0))], [3], "data.sources.0.weight")])
 def test_bad_mixtures_name_the_field(weights, lengths, field):
     with pytest.raises(InputError) as caught:
         Mixture(weights, lengths, 0)

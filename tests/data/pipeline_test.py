@@ -1,13 +1,17 @@
 """From a config to rows, end to end, and each bad input as one line that names its field."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from research.data import pipeline
-from research.data.loader import evaluation_batches
+from research.data.loader import Loader, evaluation_batches
+from research.data.mixture import Mixture
 from research.errors import InputError
 from research.schema import DataConfig, Source, Validation
 from tests.data.corpora import write_corpus
+from tests.data.record_files import make_rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def test_held_out_text_is_in_no_training_row_and_not_in_the_vocabulary(corpus, t
     seen = []
     train = pipeline.TOKENIZERS["sentencepiece"].train
     monkeypatch.setattr(pipeline.TOKENIZERS["sentencepiece"], "train",
-                        lambda texts, size: train([seen.append(text) or text for text in texts], size))
+                        lambda texts, size, chat: train([seen.append(text) or text for text in texts], size))
     text = Source("text", {"paths": f"{corpus}/**/*.txt"})
     data = config(corpus, tmp_path, sources=(text,), packed=False, seq_len=2000)
     prepared = pipeline.prepare(data, 320, 0, quiet=True)
@@ -79,11 +83,10 @@ def test_held_out_text_is_in_no_training_row_and_not_in_the_vocabulary(corpus, t
     assert set(seen) == trained
 
 
-def test_the_sample_for_the_vocabulary_is_capped_by_share(monkeypatch, corpus, tmp_path):
-    monkeypatch.setattr(pipeline, "TOKENIZER_SAMPLE_BYTES", 4000)
+def test_the_sample_for_the_vocabulary_is_capped_by_share(corpus, tmp_path):
     data = config(corpus, tmp_path)
-    sources = pipeline._make_sources(data.sources, "data.sources", data.cache_dir)
-    texts = list(pipeline.sample_texts(sources, [0.75, 0.25], 0.1, pipeline.tqdm(disable=True)))
+    sources = pipeline.make_sources(data.sources, "data.sources", data.cache_dir)
+    texts = list(pipeline.sample_texts(sources, [0.75, 0.25], 0.1, pipeline.tqdm(disable=True), 4000))
     made_up = [text for text in texts if text.startswith("file ")]
     size = sum(map(len, made_up))
     assert 3000 <= size < 4500 and 1000 <= sum(map(len, texts)) - size < 1200
@@ -114,6 +117,70 @@ def test_a_broken_vocabulary_is_trained_anew(corpus, tmp_path):
         first.tokenizer.fingerprint()
 
 
+def grouped(directory, **args) -> Source:
+    write_jsonl(directory / "rows.jsonl", make_rows(240))
+    return Source("jsonl", {"paths": str(directory / "*.jsonl"), "group_by": "lang", **args}, weight=2.0)
+
+
+def test_groups_are_parts_with_the_share_of_their_tokens_or_their_own(tmp_path):
+    other = Source("synthetic", {"documents": 50, "length": 80})
+    data = DataConfig((grouped(tmp_path), other), holdout=0.1, seq_len=32, cache_dir=str(tmp_path / "cache"))
+    prepared = pipeline.prepare(data, 261, 0, quiet=True)
+    assert [part.name for part in prepared.parts] == ["0:jsonl/de", "0:jsonl/en", "0:jsonl/la", "1:synthetic"]
+    tokens = np.array([part.tokens for part in prepared.parts[:3]])
+    np.testing.assert_allclose(prepared.weights[:3], 2.0 * tokens / tokens.sum())
+    assert prepared.weights[3] == 1.0 and prepared.train_tokens == sum(part.tokens for part in prepared.parts)
+    for part, rows, lang in zip(prepared.parts, prepared.train, ("de", "en", "la")):
+        assert part.documents + part.held_out == {"en": 120, "de": 80, "la": 40}[lang]
+        assert len(rows) == -(-(part.tokens - 1) // 32)
+    own = grouped(tmp_path, group_weights={"de": 1, "en": 0, "la": 3})
+    prepared = pipeline.prepare(dataclasses.replace(data, sources=(own,)), 261, 0, quiet=True)
+    assert [part.name for part in prepared.parts] == ["0:jsonl/de", "0:jsonl/la"] and prepared.weights == (0.5, 1.5)
+    moving = dataclasses.replace(own, at_samples=(100,), later_weights=(4.0,))
+    points = pipeline.prepare(dataclasses.replace(data, sources=(moving,)), 261, 0, quiet=True).weights
+    assert points == (((0, 0.5), (100, 1.0)), ((0, 1.5), (100, 3.0)))
+    mix = Mixture(prepared.weights, [len(rows) for rows in prepared.train], 0)
+    counts = np.bincount([mix.sample(i)[0] for i in range(2048)])
+    assert counts.tolist() == [512, 1536]  # of 16,000 tokens and 8,000: several epochs of the smaller
+
+
+def test_a_schedule_reaches_the_loader(tmp_path):
+    one = Source("synthetic", {"documents": 50, "length": 80})
+    late = Source("synthetic", {"documents": 50, "length": 80, "seed": 1}, at_samples=(0, 4096), later_weights=(0, 1))
+    data = DataConfig((one, late), holdout=0.1, seq_len=32, cache_dir=str(tmp_path))
+    prepared = pipeline.prepare(data, 261, 0, quiet=True)
+    assert prepared.weights == (1.0, ((0, 0.0), (4096, 1.0)))
+    loader = Loader(prepared.train, prepared.weights, 0, 8)
+    try:
+        assert next(loader)["tokens_BxL"].shape == (1, 8, 32)
+    finally:
+        loader.close()
+    for changes, field in (({"at_samples": (5,)}, "later_weights"),
+                           ({"at_samples": (5, 5), "later_weights": (1, 2)}, "at_samples")):
+        with pytest.raises(InputError) as caught:
+            Source("synthetic", **changes)
+        assert caught.value.field == field
+    gone = dataclasses.replace(one, at_samples=(10,), later_weights=(0.0,))
+    with pytest.raises(InputError, match="sum to nothing"):
+        pipeline.prepare(dataclasses.replace(data, sources=(gone,)), 261, 0, quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram"])
+def test_a_directory_is_a_tokenizer(corpus, tmp_path, kind):
+    trained = pipeline.train_tokenizer(config(corpus, tmp_path), kind, 330, chat=True, quiet=True)
+    trained.save(tmp_path / "mine")
+    data = config(corpus, tmp_path, tokenizer=str(tmp_path / "mine"))
+    prepared = pipeline.prepare(data, 400, 0, quiet=True)
+    assert prepared.tokenizer.fingerprint() == trained.fingerprint() and len(prepared.tokenizer.chat_ids) == 3
+    with pytest.raises(InputError, match="below the 330") as caught:
+        pipeline.prepare(data, 300, 0, quiet=True)
+    assert caught.value.field == "model.vocab_size"
+    (tmp_path / "mine" / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match="whole tokenizer") as caught:
+        pipeline.prepare(data, 400, 0, quiet=True)
+    assert caught.value.field == "data.tokenizer"
+
+
 @pytest.mark.parametrize("changes,field", [
     ({"sources": (Source("books"),)}, "data.sources.0.name"),
     ({"sources": (Source("synthetic"), Source("text", {"paths": "/no"}))}, "data.sources.1.args.paths.0"),
@@ -121,6 +188,11 @@ def test_a_broken_vocabulary_is_trained_anew(corpus, tmp_path):
     ({"sources": (Source("text", {"paths": "{empty}"}),)}, "data.sources.0"),
     ({"validation": (Validation("v", (Source("text", {"paths": "/no"}),)),)},
      "data.validation.0.sources.0.args.paths.0"),
+    ({"sources": (Source("jsonl", {"paths": "{bad}"}),)}, "data.sources.0.args.paths"),
+    ({"sources": (Source("jsonl", {"paths": "{rows}", "group_by": "lang", "groups": "fr"}),)}, "data.sources.0.args.groups"),
+    ({"sources": (Source("jsonl", {"paths": "{rows}", "group_by": "lang", "group_weights": {"fr": 1}}),)},
+     "data.sources.0.args.group_weights.fr"),
+    ({"tokenizer": "no/such/directory"}, "data.tokenizer"), ({"tokenizer": "huggingface"}, "data.tokenizer"),
     ({"tokenizer": "sentencepeice"}, "data.tokenizer"),
     ({"tokenizer": "sentencepiece:60000"}, "data.tokenizer"),
     ({"holdout": 0.0}, "data.holdout"),
@@ -128,10 +200,13 @@ def test_a_broken_vocabulary_is_trained_anew(corpus, tmp_path):
 ])
 def test_bad_input_names_its_field(corpus, tmp_path, changes, field):
     (tmp_path / "empty.txt").write_bytes(b"\n")
+    (tmp_path / "bad.jsonl").write_bytes(b"{\n")
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(20))
+    files = {"{empty}": "empty.txt", "{bad}": "bad.jsonl", "{rows}": "rows.jsonl"}
     data = config(corpus, tmp_path / "cache", tokenizer="bytes")
     if "sources" in changes:
-        changes = {"sources": tuple(Source(s.name, {k: v.replace("{empty}", str(tmp_path / "empty.txt"))
-                                                    if isinstance(v, str) else v for k, v in s.args.items()})
+        changes = {"sources": tuple(Source(s.name, {k: str(tmp_path / files[v]) if k == "paths" and v in files else v
+                                                    for k, v in s.args.items()})
                                     for s in changes["sources"])}
     data = DataConfig(**{**{name: getattr(data, name) for name in data.__dataclass_fields__}, **changes})
     with pytest.raises(InputError) as caught:

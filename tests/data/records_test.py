@@ -159,6 +159,22 @@ def test_a_broken_row_group_is_so_many_bad_rows(tmp_path):
     assert source.skipped == 4 and texts(source) == [row["text"] for row in ROWS[:4] + ROWS[8:]]
 
 
+def test_a_row_that_a_library_cannot_read_is_a_bad_row(corpus, monkeypatch):
+    source = make("tfds", corpus, on_error="skip")
+    shard, = source._shards()
+    read = type(shard).row
+
+    def row(self, index):
+        if index == 3:
+            raise RuntimeError("Corrupted file:\nlong story")
+        return read(self, index)
+
+    monkeypatch.setattr(type(shard), "row", row)
+    assert len(source) == 59 and source.skipped == 1
+    with pytest.raises(InputError, match=r"rung_rows/1\.0\.0/train, row 3: can't be read \(Corrupted file:\)"):
+        len(make("tfds", corpus))
+
+
 def test_blank_lines_and_blank_texts_are_left_out_without_counting(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", ["", ROWS[0], "  ", {"text": " \n"}, ROWS[1]])
     source = make_source("jsonl", {"paths": str(path)})

@@ -9,7 +9,7 @@ from research.errors import InputError
 from research.models import mixers
 from research.models.attention import Attention, alibi_slopes, rotate
 from tests.models.cases import DIM
-from tests.models.harness import Layout, assert_close, context, jitted, make_params, random
+from tests.models.harness import Layout, apply, assert_close, context, jitted, make_params, random
 
 LAYOUT = Layout((((1, 5), (2, 7)), ((1, 8), (2, 4))))
 PREFIX_BxL = np.array([[1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0]], bool)
@@ -112,7 +112,7 @@ def test_gradients_through_padding_are_finite():
     """A row of padding alone sees nothing: zeros before the output bias, never NaN."""
     cfg = Attention(heads=2, softcap=3.0)
     ctx = context(Layout((((0, 12),), ((1, 3), (0, 9)))))
-    loss = lambda params, x: jnp.sum(jitted(cfg, params, x, ctx)[0] ** 2)
+    loss = lambda params, x: jnp.sum(apply(cfg, params, x, ctx)[0] ** 2)
     x = jnp.asarray(random(2, 12, DIM))
     grads = jax.grad(loss, argnums=(0, 1))(make_params(cfg), x)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))

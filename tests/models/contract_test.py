@@ -126,6 +126,22 @@ def assert_every_weight_learns(d_params: dict, statistics: dict) -> None:
         assert bool(np.any(np.asarray(grad) != 0)) != (keys in statistics), keys
 
 
+@exact_cases
+def test_a_neighbour_leaves_no_trace(case: Case):
+    """Another first document, of huge values, changes neither the second's values nor its gradients, by a bit."""
+    cfg, params, memory = case.cfg, make_params(case.cfg), memory_of(PACKED)
+    ctx = with_memory(cfg, context(PACKED), PACKED, memory)
+    second = PACKED.segment_ids_BxL == 2
+    x, probe = random(2, LENGTH, DIM), random(2, LENGTH, DIM, seed=2) * second[..., None]
+    other = np.where(second[..., None], x, 1e4 * random(2, LENGTH, DIM, seed=3)).astype(np.float32)
+    results = []
+    for tokens in (x, other):
+        y, (d_params, d_x, _), _ = value_and_grads(cfg, params, tokens, memory, ctx, probe)
+        results.append((np.asarray(y)[second], np.asarray(d_x)[second], d_params))
+    jax.tree.map(np.testing.assert_array_equal, results[0][:2], results[1][:2])
+    assert_close(results[1][2], results[0][2], what="gradients of the weights")
+
+
 @pytest.mark.parametrize(
     "case", [c for c in FLAT.values() if not c.exact], ids=lambda case: type(case.cfg).__name__
 )

@@ -124,7 +124,7 @@ def test_four_devices_give_what_one_gives(row: str, rules_name: str, devices):
 
 @pytest.mark.parametrize("platform, kernels", [("tpu", 2), ("cpu", 0)])
 def test_the_platform_picks_the_kernel_at_lowering(platform, kernels, devices):
-    """Lowered for a TPU on this machine, the sharded step holds Mosaic calls, forward and backward; else none."""
+    """Lowered for a TPU on this machine, the sharded step holds Mosaic calls both ways; else none."""
     case = CASES["PallasScale"]["blocks"]
     mesh, rules = sharding.make_mesh(MESHES["fsdp"], devices), sharding.rules_named("fsdp")
     rows = sharding.batch_sharding(mesh, rules, ("batch", "length", None))

@@ -142,7 +142,8 @@ def factored_oracle(matrices, b2):
 def test_adafactor_is_its_algorithm_layer_by_layer(b2):
     model, gradients = model_and_gradients(range(4))
     # Layers of very different sizes: a second moment or a clip shared between them would show.
-    gradients = [jax.tree.map(lambda x: x * np.float32(np.arange(x.shape[0]) + 0.01).reshape(-1, *[1] * (x.ndim - 1)), g) for g in gradients]
+    grow = lambda x: x * np.float32(np.arange(x.shape[0]) + 0.01).reshape(-1, *[1] * (x.ndim - 1))
+    gradients = [jax.tree.map(grow, g) for g in gradients]
     transform = scale_by_factored_moment(model.weights, b2)
     state = transform.init(gradients[0])
     for g in gradients:

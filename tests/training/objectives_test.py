@@ -29,7 +29,12 @@ def evaluated(name: str):
     model = LanguageModel(config.model, objective.heads)
     loss = objective.make(model, config)
     params, frozen = model.init(jax.random.key(1)), model.init(jax.random.key(2))
-    grad = jax.jit(jax.value_and_grad(lambda p, b: (lambda l: (l[0], l[1:]))(loss(p, frozen, b, jax.random.key(3))), has_aux=True))
+
+    def split(params, batch):
+        loss_sum, *rest = loss(params, frozen, batch, jax.random.key(3))
+        return loss_sum, rest
+
+    grad = jax.jit(jax.value_and_grad(split, has_aux=True))
     return config, params, grad
 
 

@@ -14,7 +14,7 @@ from research.data.loader import Loader
 from research.errors import InputError
 from research.models.lm import LanguageModel
 from research.params import flatten
-from research.schema import CheckpointConfig, OptimConfig
+from research.schema import CheckpointConfig, OptimConfig, RoleLr
 from research.training.checkpoint import Checkpointer
 from research.training.loop import put_batch
 from research.training.optimizers import OPTIMIZERS, SCHEDULES, decay_mask, make_optimizer, make_schedule
@@ -127,7 +127,7 @@ def test_roles_have_their_own_learning_rates(name):
 def test_a_tied_embedding_has_the_factors_of_both_roles():
     model = LanguageModel(override(small().model, {"tie_embeddings": True}))
     params = jax.tree.map(jnp.ones_like, model.init(jax.random.key(0)))
-    config = override(OptimConfig(name="sgd", b1=0.0, lr=1.0, schedule="constant"), {"role_lr.input": 3.0, "role_lr.output": 0.5})
+    config = OptimConfig(name="sgd", b1=0.0, lr=1.0, schedule="constant", role_lr=RoleLr(input=3.0, output=0.5))
     optimizer = make_optimizer(config, 10, model.weights)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     np.testing.assert_allclose(updates["embedding"]["table"], -1.5)
@@ -228,8 +228,8 @@ def test_rsqrt_falls_with_the_root_of_the_steps():
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before():
-    program = one_device(small(optim__name="sgd", optim__b1=0.0, optim__lr=1.0, optim__schedule="constant", optim__clip_norm=1e-3,
-                               optim__warmup_steps=0))
+    program = one_device(small(optim__name="sgd", optim__b1=0.0, optim__lr=1.0, optim__schedule="constant",
+                               optim__clip_norm=1e-3, optim__warmup_steps=0))
     _, history = run_steps(program, 1)
     assert history[0]["grad_norm"] > 1e-2
     np.testing.assert_allclose(history[0]["update_norm"], 1e-3, rtol=1e-4)

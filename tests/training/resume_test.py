@@ -66,8 +66,8 @@ def test_the_run_directory_is_that_of_the_interfaces(undisturbed):
     assert read_config(workdir) == config
     assert steps_of(workdir) == list(range(1, STEPS + 1))
     wanted = {"schema", "status", "steps", "samples", "tokens", "flops", "params", "final_eval", "final_eval_loss",
-              "final_eval_loss_se", "bits_per_byte", "tokens_per_second", "mfu", "goodput", "chip_seconds", "cost", "energy_kwh",
-              "params_sha256"}
+              "final_eval_loss_se", "bits_per_byte", "tokens_per_second", "mfu", "goodput", "chip_seconds", "cost",
+              "energy_kwh", "params_sha256"}
     assert wanted <= set(result) and json.loads((workdir / "result.json").read_text()) == result
     row = next(r for r in read_rows(workdir, "metrics-") if "set" not in r)
     wanted = {"step", "samples", "tokens", "flops", "loss", "loss_se", "lr", "grad_norm", "param_norm", "update_norm",
@@ -164,7 +164,8 @@ def test_a_checkpoint_of_another_shape_is_refused(undisturbed, cache):
     workdir, config, _ = undisturbed
     wider = one_device(override(config, {"model.stages.0.pattern.1.hidden": 48}))
     with Checkpointer(epath.Path(workdir), config.checkpoint) as checkpointer:
-        with pytest.raises(InputError, match=r"checkpoint: decoder/stage_0/gated_mlp_1/down is float32\[2, 64, 16\], the model wants"):
+        message = r"checkpoint: decoder/stage_0/gated_mlp_1/down is float32\[2, 64, 16\], the model wants"
+        with pytest.raises(InputError, match=message):
             checkpointer.restore(wider.abstract)
     with pytest.raises(InputError, match="has no checkpoint of step 3 .found: 12, 14."):
         load_params(workdir, step=3)
