@@ -182,7 +182,8 @@ class TrainConfig(Node):
 
     `ema`: decay of the moving average of the parameters that is evaluated, sampled and exported instead of them, 0 = off.
     `stop_after_flat`: end the run ("saturated") after so many evaluations of the first set without an improvement beyond
-    its standard error, 0 = off. `average`: the mean of the parameters of so many last checkpoints is evaluated at the end, too, 0 = off.
+    its standard error, 0 = off. `average`: the mean of the parameters of so many last checkpoints is evaluated at the end,
+    too, 0 = off.
     """
 
     objective: str = "next_token"

@@ -52,8 +52,9 @@ def show(summary: dict[str, Any]) -> None:
         for name in sets:
             row = run["evaluations"][name] if name in run["evaluations"] else None
             cells.append(f"{number(row['loss'])} +- {number(row['se'])} ({number(row['bits_per_byte'])})" if row else "-")
+        utilization = f"{100 * run['mfu']:.1f}%" if run["mfu"] is not None else "-"
         table.append([run["run"], run["status"], str(run["steps"]), number(run["training_loss"]), *cells,
-                      f"{run['tokens_per_second']:,.0f}", f"{100 * run['mfu']:.1f}%", f"{run['device_bytes'] / 1e6:,.0f} MB"])
+                      f"{run['tokens_per_second']:,.0f}", utilization, f"{run['device_bytes'] / 1e6:,.0f} MB"])
     print()
     command_line.print_table(table)
     print("\ntraining loss at equal budget")

@@ -13,6 +13,7 @@ from research.training.metrics import finite
 def figures(run: Run) -> dict[str, Any]:
     """A run's line: how far it is, its losses, speed (median over logged rows) and memory (largest)."""
     curves, rows = run.curves(), list(run.rows.values())
+    utilizations = [row["mfu"] for row in rows if row["mfu"] is not None]  # None where the chip isn't known
     return {
         "run": run.label, "workdir": run.path, "status": run.result["status"] if run.result else "unfinished",
         "steps": int(curves["steps"][-1]), "tokens": int(curves["tokens"][-1]), "flops": float(curves["flops"][-1]),
@@ -23,7 +24,7 @@ def figures(run: Run) -> dict[str, Any]:
         "loss_by_position": {name: row["loss_by_position"] for name, row in run.evaluations.items()
                              if "loss_by_position" in row},
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
-        "mfu": float(np.median([row["mfu"] for row in rows])),
+        "mfu": float(np.median(utilizations)) if utilizations else None,
         "device_bytes": int(max(row["device_bytes"] for row in rows)),
     }
 

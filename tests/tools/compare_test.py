@@ -44,8 +44,8 @@ def summary(two):
     return compare(two)
 
 
-def copy(source: str, target, changes=None, keep=lambda row: True, document=lambda row: row) -> str:
-    """A run like `source` with other config fields, the metrics rows that `keep` keeps, and documents through `document`."""
+def copy(source: str, target, changes=None, keep=lambda row: True, document=lambda row: row, **figures) -> str:
+    """A run like `source`: other config fields and figures, the metrics rows that `keep` keeps, other documents."""
     os.makedirs(target)
     saved = json.load(open(f"{source}/config.json"))
     for path, value in (changes or {}).items():
@@ -56,7 +56,7 @@ def copy(source: str, target, changes=None, keep=lambda row: True, document=lamb
         assert field in node and node[field] != value
         node[field] = value
     (target / "config.json").write_text(json.dumps(saved))
-    rows = [row for row in read_rows(source, "metrics-") if keep(row)]
+    rows = [row | figures for row in read_rows(source, "metrics-") if keep(row)]
     (target / "metrics-0000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     documents = [document(json.loads(line)) for line in open(f"{source}/evaluation-heldout.jsonl")]
     (target / "evaluation-heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
@@ -152,9 +152,10 @@ def test_the_command(two, tmp_path):
         return subprocess.run([sys.executable, "-m", "tools.compare", *words], capture_output=True, text=True, cwd=REPOSITORY,
                               env=env)
 
-    shown = call(*two, f"--output={tmp_path / 'a.png'}")
+    unknown = copy(two[0], tmp_path / "unknown", mfu=None)  # a chip that isn't in the table
+    shown = call(*two, unknown, f"--output={tmp_path / 'a.png'}")
     assert shown.returncode == 0, shown.stderr
-    assert "optim.lr  0.001  0.01" in shown.stdout and "heldout" in shown.stdout and "[-" in shown.stdout
+    assert "optim.lr  0.001  0.01  0.001" in shown.stdout and "heldout" in shown.stdout and "[-" in shown.stdout
     assert (tmp_path / "a.png").stat().st_size > 20_000
     printed = call(*two, "--output=", "--json")
     answer = json.loads(printed.stdout)
