@@ -1,7 +1,8 @@
 """Checkpoints: one atomic Orbax composite a step, written in the background.
 
-checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights); where what
-is evaluated isn't what is trained (an EMA, schedule-free's average), `averaged` has those parameters.
+checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights, a checksum for
+every array, verified when it is read); where what is evaluated isn't what is trained (an EMA, schedule-free's average),
+`averaged` has those parameters.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from research.errors import InputError
 from research.params import flatten, unflatten
 from research.schema import CHECKPOINTS, SCHEMA_VERSION, CheckpointConfig
 from research.training.averaging import averaged_steps
+from research.training.checksums import checksums
 from research.training.state import TrainState
 
 ITEMS = ("params", "optimizer", "keys", "data", "meta", "averaged")
@@ -76,7 +78,9 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        meta = {"schema": SCHEMA_VERSION, "step": step, "params": describe_arrays(state.params)}
+        arrays = {"params": state.params, "optimizer": state.optimizer, "keys": {"root": state.key}}
+        arrays |= {} if averaged is None else {"averaged": averaged}
+        meta = {"schema": SCHEMA_VERSION, "step": step, "params": describe_arrays(state.params), "checksums": checksums(arrays)}
         items = {"params": ocp.args.StandardSave(state.params), "optimizer": ocp.args.StandardSave(state.optimizer),
                  "keys": ocp.args.StandardSave({"root": state.key}), "data": ocp.args.JsonSave(dict(data))}
         if averaged is not None:
@@ -98,13 +102,17 @@ class Checkpointer:
         if abstract.ema is not None:
             items["averaged"] = ocp.args.StandardRestore(abstract.ema)
         saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+        _verify({name: saved[name] for name in items if name != "data"}, meta, step)
         step_array = jax.device_put(jnp.int32(step), abstract.step.sharding)
         ema = None if abstract.ema is None else saved["averaged"]
         return TrainState(step_array, saved["params"], saved["optimizer"], saved["keys"]["root"], ema), saved["data"]
 
     def restore_params(self, abstract: Any, step: int) -> Any:
         """The trained parameters alone, laid out like `abstract`."""
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        saved = self._manager.restore(step, args=args)
+        _verify({"params": saved["params"]}, saved["meta"], step)
+        return saved["params"]
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
@@ -112,6 +120,14 @@ class Checkpointer:
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _verify(arrays: Mapping[str, Any], meta: Mapping[str, Any], step: int) -> None:
+    """Raises InputError, by name, for an array that isn't what was saved."""
+    for path, value in checksums(arrays).items():
+        if path not in meta["checksums"] or meta["checksums"][path] != value:
+            raise InputError("checkpoint", f"{path} of step {step} doesn't have the checksum it was saved with",
+                             f"move {CHECKPOINTS}/{step} away to go on from the step before it")
 
 
 def _same_arrays(found: Mapping[str, list], wanted: Mapping[str, list]) -> None:
@@ -156,7 +172,10 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
             _same_arrays(meta["params"], describe_arrays(abstract))
         item = "averaged" if "averaged" in meta else "params"
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})  # casts to the dtype of `abstract`
-        return manager.restore(step, args=args)[item], step
+        found = manager.restore(step, args=args)[item]
+        if meta[item] == describe_arrays(abstract):  # else the checksums are of the dtype before the cast
+            _verify({item: found}, meta, step)
+        return found, step
 
 
 def initialise_from(workdir: str, params: Any) -> Any:
