@@ -2,10 +2,12 @@
 
 import ctypes
 import glob
+import importlib.metadata
 import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # names of parameters in glibc's malloc.h
+_NAMED_SHARDINGS = "xla_enable_hlo_sharding_v3"
 
 
 def prepare() -> None:
@@ -16,6 +18,18 @@ def prepare() -> None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         keep_freed_memory()
+        avoid_named_shardings()
+
+
+def avoid_named_shardings() -> None:
+    """Turns off XLA's new form of shardings in jax 0.12, whose partitioner for CPUs aborts on some programs.
+
+    Seen with jaxlib 0.12.0.1 on a MoE layer over an expert axis: "hlo_sharding.h: Check failed: !UseNamedShardingLeaf()". Only
+    that version is known to take the flag (an unknown one ends the process), and a flag that the user gives stays.
+    """
+    flags = os.environ["XLA_FLAGS"] if "XLA_FLAGS" in os.environ else ""
+    if importlib.metadata.version("jaxlib").startswith("0.12.") and _NAMED_SHARDINGS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_NAMED_SHARDINGS}=false".strip()
 
 
 def accelerators() -> list[str]:

@@ -13,6 +13,10 @@ os.environ.setdefault("XLA_FLAGS", "")
 if FLAG not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {FLAG}=4"
 
+from research import environment  # noqa: E402
+
+environment.avoid_named_shardings()
+
 import jax  # noqa: E402  (after the flags)
 import pytest  # noqa: E402
 
