@@ -30,7 +30,7 @@ def quickstart() -> Config:
         data=DataConfig(sources=(Source("sourcecode"),), tokenizer="sentencepiece", seq_len=256,
                         validation=(Validation(max_rows=256),)),
         optim=OptimConfig(lr=4e-3, warmup_steps=60, weight_decay=0.1, schedule="cosine"),
-        train=TrainConfig(steps=1200, batch_size=4, eval_every=400, sample_every=400),
+        train=TrainConfig(steps=1400, batch_size=4, eval_every=350, sample_every=350),
         checkpoint=CheckpointConfig(every_minutes=1.0),
     )
 

@@ -124,7 +124,7 @@ def test_no_rules_collide_on_any_mixer(devices):
     class AnyMesh:  # specs need only the sizes
         shape = {axis: 2 for axis in sharding.MESH_AXES}
 
-    for name, rules in RULES.items():
+    for rules in RULES.values():
         for case in FLAT.values():
             weight_specs(weights_of_mixer(case.cfg), AnyMesh, rules)
 

@@ -9,7 +9,7 @@ import pytest
 
 from research import sharding
 from research.models.context import Context
-from research.params import Declared, Weight, flatten, unflatten
+from research.params import Declared, Weight
 from research.schema import MeshConfig
 from tests.models.cases import CASES, DIM
 from tests.models.harness import (
@@ -23,7 +23,6 @@ from tests.models.harness import (
     memory_of,
     random,
     reads_memory,
-    with_memory,
 )
 
 MESHES = {

@@ -106,12 +106,13 @@ class MoeMixer(nn.Module):
         slot_BxLxE = jnp.where(sent_BxLxE == 1, slot_BxLxE, capacity)  # one_hot of `capacity` is all zeros
         place_BxLxExC = jax.nn.one_hot(slot_BxLxE, capacity, dtype=x_BxLxD.dtype)
         x_BxExCxD = jnp.einsum("blec,bld->becd", place_BxLxExC, x_BxLxD)
+        # Both layouts in turn, here and below: one alone makes the compiler gather experts' weights or more
+        # rows than it must, and jaxlib 0.12.0.1 can abort on the ambiguous dot (hlo_sharding.h, V3).
+        x_BxExCxD = constrain(x_BxExCxD, ("batch", None, None, "embed"))
         x_BxExCxD = constrain(x_BxExCxD, ("expert_batch", "expert", None, "embed"))
         h_BxExCxF = nn.silu(jnp.einsum("becd,edf->becf", x_BxExCxD, gate_ExDxF))
         h_BxExCxF *= jnp.einsum("becd,edf->becf", x_BxExCxD, up_ExDxF)
         y_BxExCxD = jnp.einsum("becf,efd->becd", h_BxExCxF, down_ExFxD)
-        # Both layouts in turn: with the second alone the compiler gathers the experts' weights instead of
-        # their outputs.
         y_BxExCxD = constrain(y_BxExCxD, ("expert_batch", "expert", None, "embed"))
         y_BxExCxD = constrain(y_BxExCxD, ("batch", None, None, "embed"))
         back_BxLxExC = place_BxLxExC * weight_BxLxE[..., None].astype(x_BxLxD.dtype)
