@@ -1,8 +1,8 @@
 """Checkpoints: one atomic Orbax composite a step, written in the background.
 
-checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights, a checksum for
-every array, verified when it is read); where what is evaluated isn't what is trained (an EMA, schedule-free's average),
-`averaged` has those parameters.
+checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights, a
+checksum for every array, verified when it is read); where what is evaluated isn't what is trained (an EMA,
+schedule-free's average), `averaged` has those parameters.
 """
 
 import dataclasses
