@@ -167,6 +167,7 @@ def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState,
     with clock.measure("compiling"):
         logging.info("compiling the step")
         compiled = program.compile()
+    session.bar.unpause()  # the time left is that of steps, not of the compiler
     deadline = time.monotonic() + 60 * session.launch.minutes if session.launch.minutes else math.inf
     loader = Loader(session.data.train, session.data.weights, config.seed, train.batch_size, train.microbatches,
                     jax.process_index(), jax.process_count(), start * train.batch_size)
