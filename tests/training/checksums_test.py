@@ -38,9 +38,11 @@ def test_swapped_elements_are_seen():
 def test_the_mesh_does_not_matter(devices):
     one = one_device(small())
     four = make_program(small(mesh__rules="fsdp"), devices)
-    states = [init_state(p.model.init, p.optimizer, p.layout, 3) for p in (one, four)]
-    first, second = ({"params": s.params, "optimizer": s.optimizer} for s in states)
+    state = init_state(one.model.init, one.optimizer, one.layout, 3)
+    split = jax.device_put(state, four.layout.shardings)
+    first, second = ({"params": s.params, "optimizer": s.optimizer} for s in (state, split))
     assert checksums(first) == checksums(second) and len(checksums(first)) > 20
+    assert len(jax.tree.leaves(split.params)[0].sharding.device_set) == 4
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer"])

@@ -154,7 +154,7 @@ PINNED: dict[str, dict[str, dict[str, int]]] = {
     "0.12": {
         "dp": {"all-reduce": 4},
         "fsdp": {"all-gather": 16, "all-reduce": 10, "all-to-all": 2},
-        "fsdp_tp": {"all-gather": 20, "all-reduce": 22, "collective-permute": 1, "all-to-all": 1},
+        "fsdp_tp": {"all-gather": 19, "all-reduce": 22, "collective-permute": 1, "all-to-all": 2},
         "ep": {"all-gather": 19, "all-reduce": 21, "all-to-all": 5, "collective-permute": 2},
         "cp": {"all-gather": 23, "collective-permute": 5, "all-reduce": 13, "all-to-all": 3},
         "pallas": {"all-gather": 10, "all-reduce": 10, "all-to-all": 2},
