@@ -130,7 +130,7 @@ BAD = [  # assignments, the whole message as a pattern
     ),
     (
         "model.stages.0.pattern.0.head_dim=3",
-        r"model\.stages\.0\.pattern\.0\.head_dim: 3 is odd, RoPE rotates pairs; .*",
+        r"model\.stages\.0\.pattern\.0\.head_dim: RoPE rotates pairs, not 3 features; .*",
     ),
     ("model.stages.0.pattern.0.window=0", r"model\.stages\.0\.pattern\.0\.window: 0 must be at least 1; .*"),
     (

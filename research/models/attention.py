@@ -1,13 +1,13 @@
 """Softmax attention: MHA, GQA, MQA; RoPE, ALiBi or no positions; windows; QK-norm; soft-cap; cross-attention.
 
-Vaswani et al. 2017; GQA: Ainslie et al. 2023; RoPE: Su et al. 2021 (halves rotated, as in Llama); ALiBi: Press et al.
-2022; QK-norm: Dehghani et al. 2023; soft-cap: Gemma 2 (2024).
+Vaswani et al. 2017; GQA: Ainslie et al. 2023; RoPE: Su et al. 2021 (rope.py); ALiBi: Press et al. 2022; QK-norm: Dehghani
+et al. 2023; soft-cap: Gemma 2 (2024).
 """
 
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -16,10 +16,11 @@ import numpy as np
 
 from kernels.attention import attention
 from research import sharding
-from research.config import MixerConfig, Positive, PositiveFloat
+from research.config import MixerConfig, Positive, PositiveFloat, Range
 from research.errors import InputError
 from research.models.context import Context
 from research.models.norm import rms_normalize
+from research.models.rope import RopeScaling, rotate
 from research.params import fan_in, ones, param, zeros
 
 
@@ -27,7 +28,8 @@ from research.params import fan_in, ones, param, zeros
 class Attention(MixerConfig):
     """kv_heads: None = heads, 1 = MQA. head_dim: None = dim / heads. scale: None = 1 / sqrt(head_dim).
 
-    `window` tokens are visible, the query's own included. `cross` reads `ctx.memory_BxSxD` instead of its own row.
+    `window` tokens are visible, the query's own included. `rope_share`: how much of each head is rotated, its first
+    features. `cross` reads `ctx.memory_BxSxD` instead of its own row.
     """
 
     heads: Positive
@@ -35,6 +37,8 @@ class Attention(MixerConfig):
     head_dim: Positive | None = None
     positions: Literal["rope", "alibi", "none"] = "rope"
     rope_base: PositiveFloat = 10000.0
+    rope_share: Annotated[float, Range(above=0.0, most=1.0)] = 1.0
+    rope_scaling: RopeScaling | None = None
     window: Positive | None = None
     qk_norm: bool = False
     softcap: PositiveFloat | None = None
@@ -52,21 +56,14 @@ class Attention(MixerConfig):
     def check(self, dim: int) -> None:
         if self.head_dim is None and dim % self.heads:
             raise InputError("heads", f"{self.heads} does not divide dim={dim}", "choose a divisor or set head_dim")
-        if self.positions == "rope" and self.width(dim) % 2:
-            raise InputError("head_dim", f"{self.width(dim)} is odd, RoPE rotates pairs", "make it even")
+        if self.positions == "rope" and (self.rotated(dim) % 2 or not self.rotated(dim)):
+            raise InputError("head_dim", f"RoPE rotates pairs, not {self.rotated(dim)} features", "make it even")
 
     def width(self, dim: int) -> int:
         return self.head_dim or dim // self.heads
 
-
-def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array, base: float) -> jax.Array:
-    """RoPE: rotates the pairs (k, k + K/2) by positions * base^(-2k/K); float32 inside."""
-    half = x_BxLxHxK.shape[-1] // 2
-    frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BxLx1xK = positions_BxL[..., None, None].astype(jnp.float32) * frequency_K
-    cos, sin = jnp.cos(angle_BxLx1xK), jnp.sin(angle_BxLx1xK)
-    a, b = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxLxHxK.dtype)
+    def rotated(self, dim: int) -> int:
+        return int(self.width(dim) * self.rope_share)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -84,15 +81,17 @@ class AttentionMixer(nn.Module):
     def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
         cfg, dim = self.cfg, x_BxLxD.shape[-1]
         q_BxLxHxK = self._project("query", x_BxLxD, cfg.heads, "heads")
+        turn = functools.partial(rotate, positions_BxL=ctx.positions_BxL, base=cfg.rope_base, scaling=cfg.rope_scaling,
+                                 width=cfg.rotated(dim))
         if cfg.positions == "rope":
-            q_BxLxHxK = rotate(q_BxLxHxK, ctx.positions_BxL, cfg.rope_base)
+            q_BxLxHxK = turn(q_BxLxHxK)
         if cfg.cross:
             y_BxLxHxK, state = self._read_memory(q_BxLxHxK, ctx, state)
         else:
             k_BxLxGxK = self._project("key", x_BxLxD, cfg.kv_heads or cfg.heads, "kv_heads")
             v_BxLxGxK = self._project("value", x_BxLxD, cfg.kv_heads or cfg.heads, "kv_heads")
             if cfg.positions == "rope":
-                k_BxLxGxK = rotate(k_BxLxGxK, ctx.positions_BxL, cfg.rope_base)
+                k_BxLxGxK = turn(k_BxLxGxK)
             if state is None:
                 y_BxLxHxK = self._attend(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, ctx.positions_BxL, ctx.positions_BxL,
                                          ctx.segment_ids_BxL, ctx.segment_ids_BxL, ctx.mask_kind, ctx.prefix_BxL)

@@ -7,7 +7,7 @@ import pytest
 
 from research.errors import InputError
 from research.models import mixers
-from research.models.attention import Attention, alibi_slopes, rotate
+from research.models.attention import Attention, alibi_slopes
 from tests.models.cases import DIM
 from tests.models.harness import Layout, apply, assert_close, context, jitted, make_params, random
 
@@ -66,19 +66,6 @@ def test_alibi_slopes_are_the_published_ones():
     assert alibi_slopes(1).tolist() == [2.0**-8]
 
 
-def test_rotation_is_relative():
-    """q.k after rotation depends on the distance alone, and position 0 isn't rotated."""
-    q, k = jnp.asarray(random(1, 1, 1, 8)), jnp.asarray(random(1, 1, 1, 8, seed=1))
-    score = lambda i, j: jnp.sum(rotate(q, jnp.array([[i]]), 100.0) * rotate(k, jnp.array([[j]]), 100.0))
-    assert float(score(7, 4)) == pytest.approx(float(score(103, 100)), rel=1e-4)
-    assert abs(float(score(7, 4) - score(7, 5))) > 1e-3
-    np.testing.assert_array_equal(rotate(q, jnp.array([[0]]), 100.0), q)
-    angle, half = 3.0 * 100.0 ** (-1 / 4), 4  # pair 1 is (1, 1 + K/2)
-    x = jnp.zeros((1, 1, 1, 8)).at[..., 1].set(1.0)
-    turned = rotate(x, jnp.array([[3]]), 100.0)[0, 0, 0]
-    np.testing.assert_allclose([turned[1], turned[1 + half]], [np.cos(angle), np.sin(angle)], rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     "build, message",
     [
@@ -92,7 +79,10 @@ def test_rotation_is_relative():
             lambda: Attention(heads=3).check(16),
             r"^heads: 3 does not divide dim=16; choose a divisor or set head_dim$",
         ),
-        (lambda: Attention(heads=16).check(16), r"^head_dim: 1 is odd, RoPE rotates pairs; make it even$"),
+        (lambda: Attention(heads=16).check(16), r"^head_dim: RoPE rotates pairs, not 1 features; make it even$"),
+        (lambda: Attention(heads=2, rope_share=0.2).check(16), r"^head_dim: RoPE rotates pairs, not 1 features; "),
+        (lambda: Attention(heads=2, rope_share=0.1).check(16), r"^head_dim: RoPE rotates pairs, not 0 features; "),
+        (lambda: Attention(heads=2, rope_share=1.5), r"^rope_share: 1.5 must be at most 1.0; "),
         (lambda: Attention(heads=2, implementation="fast"), r"^implementation: unknown 'fast'; "),
     ],
 )

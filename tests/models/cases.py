@@ -6,6 +6,7 @@ from research.config import MixerConfig
 from research.models.attention import Attention
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
+from research.models.rope import RopeScaling
 from tests.spikes.moe import Moe
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
@@ -46,6 +47,9 @@ CASES: dict[str, dict[str, Case]] = {
         "mqa_alibi": Case(Attention(heads=4, kv_heads=1, positions="alibi")),
         "no_positions_wide": Case(Attention(heads=2, positions="none", head_dim=10, scale=0.2)),
         "window": Case(Attention(heads=2, window=3)),
+        "rope_stretched_partly": Case(
+            Attention(heads=2, rope_share=0.5, rope_scaling=RopeScaling("yarn", 4.0, 8, high=2.0))
+        ),
         "window_alibi_gqa": Case(Attention(heads=4, kv_heads=2, window=5, positions="alibi")),
         "qk_norm_softcap": Case(Attention(heads=2, qk_norm=True, softcap=2.0)),
         "bias_chunked": Case(Attention(heads=2, bias=True, implementation="chunked")),
