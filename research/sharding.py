@@ -159,6 +159,16 @@ def activation_spec(axes: Axes, shape: Sequence[int], mesh: Mesh, rules: Rules) 
     return PartitionSpec(*spec)
 
 
+def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that an activation's logical axis of `size` is split over inside `local`: for collectives there."""
+    current = _current.get()
+    if current is None or current[0].size == 1:
+        return ()
+    mesh, rules = current
+    names = tuple(n for n in _lookup(rules.activations, axis) if mesh.shape[n] > 1)
+    return () if size % math.prod(mesh.shape[n] for n in names) else names
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pins an activation's layout by its logical axes."""
     current = _current.get()
@@ -187,7 +197,7 @@ def local(function: Callable, in_axes: Sequence[Axes | None], out_axes: Any, *, 
     a split axis.
 
     Args:
-      function: arrays -> array or tuple of arrays.
+      function: arrays -> array or tuple of arrays. Its collectives name the axes that `mesh_axes` gave it.
       in_axes: logical axes of each argument; None for an argument that is None.
       out_axes: logical axes of the result, or a list of them for a tuple. The name "shards" stands for a leading axis of
         length 1 on each device, which comes back with one entry for every shard (partial sums).

@@ -12,6 +12,7 @@ A mixer is a Linen module whose only field is its config, a frozen dataclass bes
     state_axes(cfg) -> the same dict of logical axes
     flops(cfg, dim, seq_len, causal=True) -> float                    algorithmic, forward, per token
     update_weight(cfg, name, value, statistic) -> value               only where `statistics` is returned
+    active_share(cfg) -> float                                        only where weights have an axis `expert`
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
+from research.models.moe import Moe, MoeMixer
 
 
 class Mixer(NamedTuple):
@@ -83,6 +85,7 @@ MIXERS: dict[str, Mixer] = {
     "Attention": Mixer(Attention, AttentionMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
     "Mlp": Mixer(Mlp, MlpMixer),
+    "Moe": Mixer(Moe, MoeMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
 }
 

@@ -15,7 +15,7 @@ from research.params import AdapterRule, LowRank, flatten, init_adapters, merge_
 from research.schema import Stage
 from tests.models.harness import QUICK, assert_close, context
 from tests.models.small_models import DENSE, PACKED, generic_params, make_model, mean_loss, random_tokens
-from tests.spikes.moe import Moe
+from research.models.moe import Moe
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual
 

@@ -7,7 +7,7 @@ from research.models.attention import Attention
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
 from research.models.rope import RopeScaling
-from tests.spikes.moe import Moe
+from research.models.moe import Moe
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual
@@ -32,11 +32,6 @@ class Case:
     why: str = ""
 
 
-EVERY_EXPERT = (
-    "every expert runs on every token, in place of the top k; that form is for exactness, not for speed"
-)
-# Gate, up and down of the experts that weren't chosen.
-MOE_EXTRA = 6.0 * DIM * 8 * (4 - 2)
 # Slots in place of chosen tokens: 4 experts * capacity 8 for 12 tokens * 2; dispatch and combine.
 CAPACITY_EXTRA = 6.0 * DIM * 8 * (4 * 8 / 12 - 2) + 2 * 2.0 * 4 * 8 * DIM
 
@@ -65,14 +60,18 @@ CASES: dict[str, dict[str, Case]] = {
         "relu_squared_bias": Case(Mlp(hidden=24, activation="relu_squared", bias=True), sideways=False),
     },
     "Moe": {
-        "shared": Case(
-            Moe(experts=4, top_k=2, hidden=8, shared_hidden=8),
+        "mixtral": Case(Moe(experts=4, top_k=2, hidden=8, balance_loss=0.1), sideways=False),
+        "deepseek": Case(
+            Moe(experts=8, top_k=3, hidden=8, shared_hidden=8, scores="sigmoid", scale=2.5, groups=4, top_groups=2,
+                balance_rate=1e-3, z_loss=0.1),
             sideways=False,
-            extra_flops=MOE_EXTRA,
-            why=EVERY_EXPERT,
+        ),
+        "not_renormalized": Case(
+            Moe(experts=4, top_k=1, hidden=8, renormalize=False, activation="gelu", implementation="reference"),
+            sideways=False,
         ),
         "capacity": Case(
-            Moe(experts=4, top_k=2, hidden=8, capacity_factor=1.25),
+            Moe(experts=4, top_k=2, hidden=8, capacity_factor=1.25, balance_rate=1e-3, z_loss=0.1),
             sideways=False,
             exact=False,
             extra_flops=CAPACITY_EXTRA,
@@ -83,9 +82,7 @@ CASES: dict[str, dict[str, Case]] = {
     "Parallel": {
         "attention_mlp": Case(Parallel((Attention(heads=2), GatedMlp(hidden=24)))),
         "recurrence_moe": Case(
-            Parallel((LinearRecurrence(width=12), Moe(experts=4, top_k=2, hidden=8))),
-            extra_flops=MOE_EXTRA,
-            why=EVERY_EXPERT,
+            Parallel((LinearRecurrence(width=12), Moe(experts=4, top_k=2, hidden=8, balance_rate=1e-3)))
         ),
     },
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},

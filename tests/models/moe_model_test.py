@@ -24,7 +24,7 @@ from tests.models.small_models import (
     mean_loss,
     random_tokens,
 )
-from tests.spikes.moe import Moe, MoeMixer
+from research.models.moe import Moe, MoeMixer
 
 BIAS = "decoder/stage_1/moe_1/balance_bias"
 MODEL = make_model(*DENSE_THEN_MOE)
@@ -38,11 +38,12 @@ def test_aux_comes_back_stacked():
     assert jax.tree.map(jnp.shape, entries) == {
         "router_z_loss": (2,),
         "max_load": (2,),
+        "min_load": (2,),
         "statistics": {"balance_bias": (2, 4)},
     }
     loss, metrics, statistics = read_aux(aux)
     assert float(loss) == pytest.approx(float(jnp.sum(entries["router_z_loss"]))) and float(loss) > 0
-    assert set(metrics) == {"stage_1/moe_1/router_z_loss", "stage_1/moe_1/max_load"}
+    assert set(metrics) == {f"stage_1/moe_1/{name}" for name in ("router_z_loss", "max_load", "min_load")}
     assert set(statistics) == {BIAS}
     np.testing.assert_allclose(np.sum(statistics[BIAS], axis=1), tokens.size * 2)  # each token chooses two
 
@@ -102,7 +103,7 @@ def test_active_parameters():
 
 def test_statistics_inside_parallel():
     """Attention and MoE side by side on one norm: aux is nested once more, and still finds its weight."""
-    model = make_model(Stage((Parallel((Attention(heads=2), Moe(experts=4, top_k=2, hidden=8))),), 2))
+    model = make_model(Stage((Parallel((Attention(heads=2), Moe(experts=4, top_k=2, hidden=8, balance_rate=0.1))),), 2))
     params = generic_params(model)
     (_, (_, statistics)), _ = loss_and_grads(model, params, random_tokens(2), PACKED)
     path = "decoder/stage_0/parallel_0/moe_1/balance_bias"

@@ -15,12 +15,15 @@ from research.models.mlp import GatedMlp
 from research.params import unflatten
 from research.schema import ModelConfig, Stage
 from tests.models.harness import QUICK, Layout, context
-from tests.spikes.moe import Moe
+from research.models.moe import Moe
 
 VOCAB, DIM, LENGTH = 32, 16, 12
 
 DENSE = (Attention(heads=4, kv_heads=2), GatedMlp(hidden=24))
-SPARSE = (Attention(heads=2), Moe(experts=4, top_k=2, hidden=8, shared_hidden=8, balance_rate=0.1))
+SPARSE = (
+    Attention(heads=2),
+    Moe(experts=4, top_k=2, hidden=8, shared_hidden=8, scores="sigmoid", balance_rate=0.1, z_loss=1e-3),
+)
 DENSE_THEN_MOE = (Stage(DENSE, 1), Stage(SPARSE, 2))
 
 PACKED = Layout((((1, 5), (2, 7)), ((1, 7), (2, 5))))

@@ -6,14 +6,12 @@ the library: `research.models.mixers` knows nothing of it.
 """
 
 from research.models.mixers import MIXERS, Mixer
-from tests.spikes.moe import Moe, MoeMixer
 from tests.spikes.pallas_scale import PallasScale, PallasScaleMixer
 from tests.spikes.recurrence import LinearRecurrence, LinearRecurrenceMixer
 from tests.spikes.value_residual import ValueResidual, ValueResidualMixer
 
 SPIKES = {
     "LinearRecurrence": Mixer(LinearRecurrence, LinearRecurrenceMixer),
-    "Moe": Mixer(Moe, MoeMixer),
     "PallasScale": Mixer(PallasScale, PallasScaleMixer),
     "ValueResidual": Mixer(ValueResidual, ValueResidualMixer),
 }

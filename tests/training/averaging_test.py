@@ -24,7 +24,7 @@ from research.training.optimizers import OPTIMIZERS
 from research.training.program import make_program
 from research.training.state import init_state, restart_from
 from research.training.workdir import read_rows
-from tests.spikes.moe import Moe
+from research.models.moe import Moe
 from tests.training.common import one_device, random_batch, small
 
 STEPS = 14

@@ -24,7 +24,7 @@ from research.models.attention import Attention  # noqa: E402
 from research.models.lm import LanguageModel  # noqa: E402
 from research.schema import Stage  # noqa: E402
 from research.training.program import make_program  # noqa: E402
-from tests.spikes.moe import Moe  # noqa: E402
+from research.models.moe import Moe  # noqa: E402
 from tests.spikes.pallas_scale import PallasScale  # noqa: E402
 
 pytest.importorskip("libtpu", reason="the extra tpu is not installed")
