@@ -40,7 +40,7 @@ class Rules:
 
 _BATCH = ("data", "fsdp", "expert")  # experts' devices hold different rows outside the MoE layers
 _ROWS = {"batch": _BATCH, "expert_batch": _BATCH}  # expert_batch: rows where the expert axis is there too, inside MoE
-_ZERO3 = {"embed": ("fsdp",)}
+_ZERO3 = {axis: ("fsdp",) for axis in ("embed", "latent")}
 _TENSOR = {axis: ("tensor",) for axis in ("vocab", "heads", "kv_heads", "mlp", "state")}
 
 RULES = {

@@ -18,6 +18,7 @@ from kernels.attention import attention
 from research import sharding
 from research.config import MixerConfig, Positive, PositiveFloat, Range
 from research.errors import InputError
+from research.models import cache
 from research.models.context import Context
 from research.models.norm import rms_normalize
 from research.models.rope import RopeScaling, rotate
@@ -74,6 +75,36 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.array(slopes, np.float32)
 
 
+def attend(
+    q, k, v, q_positions, k_positions, q_segments, k_segments, mask_kind: str, k_prefix, *, scale: float,
+    window: int | None = None, softcap: float | None = None, slopes_H: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`kernels.attention` on each device's own rows and heads; the shapes are its own."""
+
+    def kernel(q, k, v, q_positions, k_positions, q_segments, k_segments, k_prefix, slopes_H):
+        return attention(
+            q, k, v, q_positions_BxL=q_positions, k_positions_BxS=k_positions, q_segment_ids_BxL=q_segments,
+            k_segment_ids_BxS=k_segments, mask_kind=mask_kind, k_prefix_BxS=k_prefix, window=window,
+            alibi_slopes_H=slopes_H, softcap=softcap, scale=scale, implementation=implementation)
+
+    queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
+    rows_q, rows_k = queries[:2], keys[:2]  # keys are whole along their length: gathered under context parallelism
+    k_prefix = k_prefix if mask_kind == "prefix" else None
+    axes = (queries, keys, keys, rows_q, rows_k, rows_q, rows_k, rows_k if k_prefix is not None else None,
+            ("heads",) if slopes_H is not None else None)
+    kernel = sharding.local(kernel, axes, queries)
+    return kernel(q, k, v, q_positions, k_positions, q_segments, k_segments, k_prefix, slopes_H)
+
+
+def visible_keys(seq_len: int, causal: bool, window: int | None = None) -> float:
+    """Keys that a query sees, mean over a row of one document."""
+    if not causal:
+        return float(seq_len)
+    window = min(window or seq_len, seq_len)
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+
+
 class AttentionMixer(nn.Module):
     cfg: Attention
 
@@ -118,49 +149,17 @@ class AttentionMixer(nn.Module):
 
     def _attend(self, q, k, v, q_positions, k_positions, q_segments, k_segments, mask_kind, k_prefix) -> jax.Array:
         cfg = self.cfg
-
-        def kernel(q, k, v, q_positions, k_positions, q_segments, k_segments, k_prefix, slopes_H):
-            return attention(
-                q, k, v, q_positions_BxL=q_positions, k_positions_BxS=k_positions, q_segment_ids_BxL=q_segments,
-                k_segment_ids_BxS=k_segments, mask_kind=mask_kind, k_prefix_BxS=k_prefix, window=cfg.window,
-                alibi_slopes_H=slopes_H, softcap=cfg.softcap, scale=cfg.scale or 1 / math.sqrt(q.shape[-1]),
-                implementation=cfg.implementation)
-
-        queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
-        rows_q, rows_k = queries[:2], keys[:2]  # keys are whole along their length: gathered under context parallelism
-        k_prefix = k_prefix if mask_kind == "prefix" else None
         slopes_H = jnp.asarray(alibi_slopes(cfg.heads)) if cfg.positions == "alibi" else None
-        axes = (queries, keys, keys, rows_q, rows_k, rows_q, rows_k, rows_k if k_prefix is not None else None,
-                ("heads",) if slopes_H is not None else None)
-        kernel = sharding.local(kernel, axes, queries)
-        return kernel(q, k, v, q_positions, k_positions, q_segments, k_segments, k_prefix, slopes_H)
+        return attend(q, k, v, q_positions, k_positions, q_segments, k_segments, mask_kind, k_prefix,
+                      scale=cfg.scale or 1 / math.sqrt(q.shape[-1]), window=cfg.window, softcap=cfg.softcap, slopes_H=slopes_H,
+                      implementation=cfg.implementation)
 
     def _attend_cached(self, q, k_BxLxGxK, v_BxLxGxK, ctx: Context, state: dict) -> tuple[jax.Array, dict]:
-        """Keys are told apart by a counter of documents, which position 0 advances, so that a reset needs no clearing."""
-        valid_BxL = ctx.segment_ids_BxL != 0
-        starts_BxL = valid_BxL & (ctx.positions_BxL == 0)
-        documents_BxL = state["document_B"][:, None] + jnp.cumsum(starts_BxL, axis=1)
-        order_BxL = state["length_B"][:, None] + jnp.cumsum(valid_BxL, axis=1) - 1
-        length_B = state["length_B"] + jnp.sum(valid_BxL, axis=1)
-        slots = state["k_BxSxGxK"].shape[1]
-        # A window's cache is a ring: of two tokens that meet in one slot only the later is written.
-        written_BxL = valid_BxL & (order_BxL >= length_B[:, None] - slots)
-        ring = self.cfg.window is not None
-        slot_BxL = jnp.where(written_BxL, order_BxL % slots if ring else order_BxL, slots)
-        prefix_BxL = jnp.zeros_like(valid_BxL) if ctx.prefix_BxL is None else ctx.prefix_BxL
-        new = {"k_BxSxGxK": k_BxLxGxK, "v_BxSxGxK": v_BxLxGxK, "positions_BxS": ctx.positions_BxL,
-               "documents_BxS": jnp.where(valid_BxL, documents_BxL, 0), "prefix_BxS": prefix_BxL}
-        write = jax.vmap(lambda cache, value, slot: cache.at[slot].set(value.astype(cache.dtype), mode="drop"))
-        cache = {name: write(state[name], value, slot_BxL) for name, value in new.items()}
-        seen = cache
-        if ring and k_BxLxGxK.shape[1] > 1:  # a chunk may overwrite what its own first queries still see
-            old = {**state, "documents_BxS": state["documents_BxS"]}
-            seen = {name: jnp.concatenate([old[name], new[name].astype(old[name].dtype)], axis=1) for name in new}
+        new = {"k_BxSxGxK": k_BxLxGxK, "v_BxSxGxK": v_BxLxGxK}
+        state, seen, documents_BxL = cache.write(state, new, ctx, ring=self.cfg.window is not None)
         y = self._attend(q, seen["k_BxSxGxK"].astype(q.dtype), seen["v_BxSxGxK"].astype(q.dtype), ctx.positions_BxL,
-                         seen["positions_BxS"], new["documents_BxS"], seen["documents_BxS"], ctx.mask_kind,
-                         seen["prefix_BxS"])
-        document_B = state["document_B"] + jnp.sum(starts_BxL, axis=1)
-        return y, {**cache, "length_B": length_B, "document_B": document_B}
+                         seen["positions_BxS"], documents_BxL, seen["documents_BxS"], ctx.mask_kind, seen["prefix_BxS"])
+        return y, state
 
     def _read_memory(self, q_BxLxHxK, ctx: Context, state: dict | None) -> tuple[jax.Array, dict | None]:
         """With a memory: its keys and values, kept in the state if there is one. Without: those kept before."""
@@ -190,26 +189,19 @@ class AttentionMixer(nn.Module):
         state = {"k_BxSxGxK": jnp.zeros(heads, dtype), "v_BxSxGxK": jnp.zeros(heads, dtype)}
         if cfg.cross:
             return {**state, "segment_ids_BxS": jnp.zeros((batch, slots), jnp.int32)}
-        return {**state, "positions_BxS": jnp.zeros((batch, slots), jnp.int32),
-                "documents_BxS": jnp.zeros((batch, slots), jnp.int32), "prefix_BxS": jnp.zeros((batch, slots), bool),
-                "length_B": jnp.zeros((batch,), jnp.int32), "document_B": jnp.ones((batch,), jnp.int32)}
+        return {**state, **cache.init_rows(batch, slots)}
 
     @staticmethod
     def state_axes(cfg: Attention) -> dict:
-        rows, heads = ("batch", None), ("batch", None, "kv_heads", None)
+        heads = ("batch", None, "kv_heads", None)
         axes = {"k_BxSxGxK": heads, "v_BxSxGxK": heads}
         if cfg.cross:
-            return {**axes, "segment_ids_BxS": rows}
-        return {**axes, "positions_BxS": rows, "documents_BxS": rows, "prefix_BxS": rows, "length_B": ("batch",),
-                "document_B": ("batch",)}
+            return {**axes, "segment_ids_BxS": ("batch", None)}
+        return {**axes, **cache.row_axes()}
 
     @staticmethod
     def flops(cfg: Attention, dim: int, seq_len: int, causal: bool = True) -> float:
-        """Per token: projections, and scores and values of the visible keys only (mean over the row)."""
+        """Per token: projections, and scores and values of the visible keys only."""
         width, kv_heads = cfg.width(dim), cfg.kv_heads or cfg.heads
         projections = 4.0 * dim * width * (cfg.heads + kv_heads)
-        if cfg.cross or not causal:
-            return projections + 4.0 * cfg.heads * width * seq_len
-        window = min(cfg.window or seq_len, seq_len)
-        visible = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-        return projections + 4.0 * cfg.heads * width * visible
+        return projections + 4.0 * cfg.heads * width * visible_keys(seq_len, causal and not cfg.cross, cfg.window)

@@ -27,6 +27,7 @@ from research.config import MixerConfig
 from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
+from research.models.latent_attention import LatentAttention, LatentAttentionMixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 from research.models.moe import Moe, MoeMixer
 
@@ -84,6 +85,7 @@ class ParallelMixer(nn.Module):
 MIXERS: dict[str, Mixer] = {
     "Attention": Mixer(Attention, AttentionMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
+    "LatentAttention": Mixer(LatentAttention, LatentAttentionMixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Moe": Mixer(Moe, MoeMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),

@@ -4,6 +4,7 @@ import dataclasses
 
 from research.config import MixerConfig
 from research.models.attention import Attention
+from research.models.latent_attention import LatentAttention
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
 from research.models.rope import RopeScaling
@@ -53,6 +54,15 @@ CASES: dict[str, dict[str, Case]] = {
     "GatedMlp": {
         "silu": Case(GatedMlp(hidden=24), sideways=False),
         "gelu_bias": Case(GatedMlp(hidden=24, activation="gelu", bias=True), sideways=False),
+    },
+    "LatentAttention": {
+        "v3": Case(LatentAttention(heads=2, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=5, query_rank=8)),
+        "direct_query_yarn": Case(
+            LatentAttention(
+                heads=3, kv_rank=4, nope_dim=3, rope_dim=4, value_dim=3, scale=0.3,
+                rope_scaling=RopeScaling("yarn", 4.0, 8, high=2.0, magnitude=1.0), implementation="chunked",
+            )
+        ),
     },
     "LinearRecurrence": {"plain": Case(LinearRecurrence(width=12))},
     "Mlp": {

@@ -22,14 +22,14 @@ from configs import preset  # noqa: E402
 from research.config import override  # noqa: E402
 from research.models.attention import Attention  # noqa: E402
 from research.models.lm import LanguageModel  # noqa: E402
+from research.models.moe import Moe  # noqa: E402
 from research.schema import Stage  # noqa: E402
 from research.training.program import make_program  # noqa: E402
-from research.models.moe import Moe  # noqa: E402
 from tests.spikes.pallas_scale import PallasScale  # noqa: E402
 
 pytest.importorskip("libtpu", reason="the extra tpu is not installed")
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BATCH, LENGTH = 8, 256
 
 
@@ -54,12 +54,14 @@ def quickstart(rules: str, stages=None, **mesh):
 
 
 MOE = (Stage((Attention(heads=4), Moe(experts=4, top_k=2, hidden=128, capacity_factor=1.5)), 2),)
+DROPLESS = (Stage((Attention(heads=4), Moe(experts=4, top_k=2, hidden=128)), 2),)
 PALLAS = (Stage((Attention(heads=4), PallasScale()), 2),)
 CASES = {
     "dp": quickstart("dp"),
     "fsdp": quickstart("fsdp"),
     "fsdp_tp": quickstart("fsdp_tp", tensor=2),
     "ep": quickstart("ep", MOE, expert=2),
+    "ep_dropless": quickstart("ep", DROPLESS, expert=2),
     "cp": quickstart("cp", context=2),
     "pallas": quickstart("fsdp", PALLAS),
 }
