@@ -27,6 +27,7 @@ from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
+from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4ChannelMixMixer, Rwkv4TimeMix, Rwkv4TimeMixMixer
 
 
 class Mixer(NamedTuple):
@@ -84,6 +85,8 @@ MIXERS: dict[str, Mixer] = {
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
+    "Rwkv4ChannelMix": Mixer(Rwkv4ChannelMix, Rwkv4ChannelMixMixer),
+    "Rwkv4TimeMix": Mixer(Rwkv4TimeMix, Rwkv4TimeMixMixer),
 }
 
 

@@ -6,6 +6,7 @@ from research.config import MixerConfig
 from research.models.attention import Attention
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
+from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
 from tests.spikes.moe import Moe
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
@@ -84,6 +85,8 @@ CASES: dict[str, dict[str, Case]] = {
             why=EVERY_EXPERT,
         ),
     },
+    "Rwkv4ChannelMix": {"plain": Case(Rwkv4ChannelMix(hidden=24, depth=3))},
+    "Rwkv4TimeMix": {"wide": Case(Rwkv4TimeMix(width=24, depth=3))},
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},
 }
 
