@@ -149,7 +149,7 @@ def gated_delta(
       ValueError: shapes that don't fit, a chunk below 1, an unknown implementation.
 
     Sources: Yang, Kautz and Hatamizadeh 2024 (Gated DeltaNet), eq. 10 (theirs is the transpose of this S); chunks: Yang et
-    al. 2024 (DeltaNet), section 3.2; without `write`: Dao and Gu 2024, eq. 6, Yang et al. 2023 (GLA) with one decay a head.
+    al. 2024 (DeltaNet), section 3.2; without `write`: Dao and Gu 2024 (SSD), Yang et al. 2023 (GLA) with one decay a head.
     """
     B, L, H, K = q_BxLxHxK.shape
     V = v_BxLxHxV.shape[-1]

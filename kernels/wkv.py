@@ -123,7 +123,7 @@ def wkv(
     Raises:
       ValueError: shapes that don't fit, an unknown implementation.
 
-    Source: Peng et al. 2023 (RWKV), eq. 16, and appendix D for the exponents.
+    Source: Peng et al. 2023 (RWKV), eq. 16; its RNN form, with the exponents kept apart, is in their appendix.
     """
     B, L, N = k_BxLxN.shape
     given = {

@@ -39,14 +39,10 @@ def normal(std: float) -> Initializer:
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
-    """Orthonormal rows or columns, whichever are fewer (Saxe et al. 2013); times sqrt(outputs / inputs) where there are more
-    outputs. The input axes come first in the shape."""
-    def init(key: jax.Array, shape: Sequence[int], fan: int) -> jax.Array:
-        outputs = math.prod(shape) // fan
-        make = jax.nn.initializers.orthogonal(gain * math.sqrt(max(1.0, outputs / fan)))
-        return make(key, (fan, outputs), jnp.float32).reshape(shape)
-
-    return init
+    """gain times orthonormal rows or columns, whichever are fewer (Saxe et al. 2013). The input axes come first in the
+    shape."""
+    make = jax.nn.initializers.orthogonal(gain)
+    return lambda key, shape, fan: make(key, (fan, math.prod(shape) // fan), jnp.float32).reshape(shape)
 
 
 def constant(value: float) -> Initializer:

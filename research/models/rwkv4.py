@@ -92,7 +92,7 @@ class Rwkv4TimeMixMixer(_Mix):
             ("key", ramp(late)), ("value", ramp(late, 0.3 * early)), ("receptance", ramp(0.5 * late)))}
         axes = ("embed", "state")
         k_BxLxN = self.linear("key", mixed["key"], width, axes, zeros)
-        v_BxLxN = self.linear("value", mixed["value"], width, axes, orthogonal())
+        v_BxLxN = self.linear("value", mixed["value"], width, axes, orthogonal(math.sqrt(max(1.0, width / dim))))
         r_BxLxN = jax.nn.sigmoid(self.linear("receptance", mixed["receptance"], width, axes, zeros))
         decay_N = param(self, "time_decay", (width,), ("state",), decay_speed(early), role="vector")
         first_N = param(self, "time_first", (width,), ("state",), zigzag, role="vector")
@@ -130,7 +130,9 @@ class Rwkv4ChannelMixMixer(_Mix):
         previous_BxLxD, last_BxD = token_shift(x_BxLxD, ctx, None if state is None else state["last_BxD"])
         k_BxLxD = self.mixed("key", x_BxLxD, previous_BxLxD, ramp(late))
         r_BxLxD = self.mixed("receptance", x_BxLxD, previous_BxLxD, ramp(late))
-        h_BxLxF = jnp.square(nn.relu(self.linear("key", k_BxLxD, self.cfg.hidden, ("embed", "mlp"), orthogonal())))
+        gain = math.sqrt(max(1.0, self.cfg.hidden / dim))
+        h_BxLxF = self.linear("key", k_BxLxD, self.cfg.hidden, ("embed", "mlp"), orthogonal(gain))
+        h_BxLxF = jnp.square(nn.relu(h_BxLxF))
         y_BxLxD = self.linear("value", h_BxLxF, dim, ("mlp", "embed"), zeros)
         # A square weight needs two names: the gate's rows are the outputs, and stay whole.
         y_BxLxD *= jax.nn.sigmoid(self.linear("receptance", r_BxLxD, dim, ("embed", "gate"), zeros))
