@@ -28,6 +28,7 @@ from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4ChannelMixMixer, Rwkv4TimeMix, Rwkv4TimeMixMixer
+from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7ChannelMixMixer, Rwkv7TimeMix, Rwkv7TimeMixMixer
 
 
 class Mixer(NamedTuple):
@@ -87,6 +88,8 @@ MIXERS: dict[str, Mixer] = {
     "Parallel": Mixer(Parallel, ParallelMixer),
     "Rwkv4ChannelMix": Mixer(Rwkv4ChannelMix, Rwkv4ChannelMixMixer),
     "Rwkv4TimeMix": Mixer(Rwkv4TimeMix, Rwkv4TimeMixMixer),
+    "Rwkv7ChannelMix": Mixer(Rwkv7ChannelMix, Rwkv7ChannelMixMixer),
+    "Rwkv7TimeMix": Mixer(Rwkv7TimeMix, Rwkv7TimeMixMixer),
 }
 
 
