@@ -38,6 +38,13 @@ def normal(std: float) -> Initializer:
     return lambda key, shape, fan: jax.random.normal(key, shape) * std
 
 
+def orthogonal(gain: float = 1.0) -> Initializer:
+    """gain times orthonormal rows or columns, whichever are fewer (Saxe et al. 2013). The input axes come first in the
+    shape."""
+    make = jax.nn.initializers.orthogonal(gain)
+    return lambda key, shape, fan: make(key, (fan, math.prod(shape) // fan), jnp.float32).reshape(shape)
+
+
 def constant(value: float) -> Initializer:
     return lambda key, shape, fan: jnp.full(shape, value, jnp.float32)
 

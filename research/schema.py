@@ -67,13 +67,15 @@ class Stage(Node):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Node):
-    """A model is a tuple of stages. `positions` is what is added to the embedding; RoPE and ALiBi belong to Attention."""
+    """A model is a tuple of stages. `positions` is what is added to the embedding; RoPE and ALiBi belong to Attention.
+    `embedding_norm`: one more norm, after the embedding (RWKV's ln0, BERT)."""
 
     vocab_size: Positive
     dim: Positive
     stages: tuple[Stage, ...]
     encoder_stages: tuple[Stage, ...] = ()
     norm: Norm = Norm()
+    embedding_norm: bool = False
     tie_embeddings: bool = False
     positions: Literal["none", "sinusoidal", "learned"] = "none"
     dropout: Fraction = 0.0

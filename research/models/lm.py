@@ -21,7 +21,7 @@ REMAT = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots_with_no_b
 
 
 class Embedding(nn.Module):
-    """tokens_BxL -> x_BxLxD in the dtype of the parameters, with sinusoidal or learned positions; no tokens: table_VxD."""
+    """tokens_BxL -> x_BxLxD in the dtype of the parameters, with positions and norm as configured; no tokens: table_VxD."""
 
     cfg: ModelConfig
 
@@ -40,6 +40,8 @@ class Embedding(nn.Module):
             x_BxLxD += jnp.take(table_PxD, positions_BxL, axis=0)
         if cfg.positions == "sinusoidal":
             x_BxLxD += sinusoids(positions_BxL, cfg.dim).astype(x_BxLxD.dtype)
+        if cfg.embedding_norm:
+            x_BxLxD = NormLayer(cfg.norm, name="norm")(x_BxLxD)
         return constrain(x_BxLxD, BLOCK_AXES)
 
 

@@ -9,6 +9,8 @@ from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
 from research.models.rope import RopeScaling
 from research.models.moe import Moe
+from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
+from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual
@@ -35,6 +37,8 @@ class Case:
 
 # Slots in place of chosen tokens: 4 experts * capacity 8 for 12 tokens * 2; dispatch and combine.
 CAPACITY_EXTRA = 6.0 * DIM * 8 * (4 * 8 / 12 - 2) + 2 * 2.0 * 4 * 8 * DIM
+
+WITHIN_CHUNKS = "the products of a chunk's tokens with each other, instead of one token at a time"
 
 CASES: dict[str, dict[str, Case]] = {
     "Attention": {
@@ -94,6 +98,16 @@ CASES: dict[str, dict[str, Case]] = {
         "recurrence_moe": Case(
             Parallel((LinearRecurrence(width=12), Moe(experts=4, top_k=2, hidden=8, balance_rate=1e-3)))
         ),
+    },
+    "Rwkv4ChannelMix": {"plain": Case(Rwkv4ChannelMix(hidden=24, depth=3))},
+    "Rwkv4TimeMix": {"wide": Case(Rwkv4TimeMix(width=24, depth=3))},
+    "Rwkv7ChannelMix": {"plain": Case(Rwkv7ChannelMix(hidden=24, depth=3))},
+    "Rwkv7TimeMix": {
+        "chunks": Case(
+            Rwkv7TimeMix(head_dim=8, decay_rank=3, rate_rank=4, value_rank=5, gate_rank=6, depth=3, chunk=4),
+            extra_flops=14.0 * DIM * 4,
+            why=WITHIN_CHUNKS,
+        )
     },
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},
 }

@@ -1,0 +1,227 @@
+"""RWKV-7 (Peng et al. 2025, "Goose"): time mix and channel mix, each a mixer with a state of constant size.
+
+    pattern=(Rwkv7TimeMix(depth=L), Rwkv7ChannelMix(hidden=4 * D, depth=L)), repeats=L
+
+with norm.kind=layernorm and model.embedding_norm. Weights have the names of the authors' code (x_*: mix with the token
+before; *0, *1, *2: bias and low-rank factors of the decay w, the learning rate a, the value's mix v and the gate g), and
+its initial values. Layer 0 has the weights of the value's mix, too, unused: its layers are scanned.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels.wkv7 import wkv7
+from research import sharding
+from research.config import MixerConfig, Positive
+from research.errors import InputError
+from research.models.context import Context
+from research.models.rwkv4 import progress
+from research.models.token_shift import token_shift
+from research.params import Initializer, constant, orthogonal, param, zeros
+
+FIRST_VALUE = "rwkv7_first_value_BxLxN"
+GROUP_NORM_EPS = 64e-5
+RANKS = {"w": (1.8, 0.5), "a": (1.8, 0.5), "v": (1.3, 0.5), "g": (0.6, 0.8)}  # published: c * D**p, in steps of 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rwkv7TimeMix(MixerConfig):
+    """`*_rank`: of the low-rank parts, None = as published for the model's width. `depth`: layers of the model, over which
+    the initial values change. `chunk`: tokens whose products are taken at once."""
+
+    head_dim: Positive = 64
+    decay_rank: Positive | None = None
+    rate_rank: Positive | None = None
+    value_rank: Positive | None = None
+    gate_rank: Positive | None = None
+    depth: Positive = 1
+    chunk: Positive = 32
+
+    def check(self, dim: int) -> None:
+        if dim % self.head_dim:
+            raise InputError("head_dim", f"{self.head_dim} does not divide dim={dim}", "choose a divisor")
+
+    def validate(self):
+        if self.chunk > 128:
+            raise InputError("chunk", f"{self.chunk} decays may leave float32", "choose at most 128")
+
+    def ranks(self, dim: int) -> dict[str, int]:
+        given = {"w": self.decay_rank, "a": self.rate_rank, "v": self.value_rank, "g": self.gate_rank}
+        return {part: given[part] or max(32, round(c * dim**power / 32) * 32) for part, (c, power) in RANKS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rwkv7ChannelMix(MixerConfig):
+    """`depth`: layers of the model, over which the initial values change."""
+
+    hidden: Positive
+    depth: Positive = 1
+
+
+def uniform(size: float) -> Initializer:
+    """In +- size / sqrt(fan_in)."""
+    return lambda key, shape, fan: jax.random.uniform(key, shape, minval=-size, maxval=size) / math.sqrt(fan)
+
+
+def mix(power: jax.Array) -> Initializer:
+    """1 - (i / n) ** power for channel i of n: the less of the token before, the later the channel."""
+    return lambda key, shape, fan: 1.0 - (jnp.arange(shape[0]) / shape[0]) ** power
+
+
+def channels(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """(from -1/2 to 1/2 over all channels; from -1 to 1 over each head, flat in the middle)."""
+    heads, width = shape
+    line_HxK = jnp.arange(heads * width).reshape(shape) / max(heads * width - 1, 1) - 0.5
+    zigzag_K = (jnp.arange(width) - (width - 1) / 2) / max((width - 1) / 2, 0.5)
+    return line_HxK, jnp.broadcast_to(zigzag_K * jnp.abs(zigzag_K), shape)
+
+
+def lines(value: float, slope: float, zigzag: float = 0.0) -> Initializer:
+    """`value`, plus `slope` and `zigzag` times the two lines of `channels`."""
+    return lambda key, shape, fan: value + slope * channels(shape)[0] + zigzag * channels(shape)[1]
+
+
+def decay_speed(early: jax.Array) -> Initializer:
+    """w0: channels from the slowest decay to the fastest, over all of them and over each head."""
+    def init(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
+        line_HxK, zigzag_HxK = channels(shape)
+        return -5.5 + 6.0 * (line_HxK + 0.5) ** (1.0 + early**0.3) + 2.5 * zigzag_HxK
+
+    return init
+
+
+class _Mix(nn.Module):
+    """What time mix and channel mix share."""
+
+    def mixed(self, name: str, x_BxLxD: jax.Array, previous_BxLxD: jax.Array, power: jax.Array) -> jax.Array:
+        mix_D = param(self, f"x_{name}", x_BxLxD.shape[-1:], ("embed",), mix(power), role="vector").astype(x_BxLxD.dtype)
+        return x_BxLxD + (previous_BxLxD - x_BxLxD) * mix_D
+
+
+class Rwkv7TimeMixMixer(_Mix):
+    cfg: Rwkv7TimeMix
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+        cfg, (B, L, D) = self.cfg, x_BxLxD.shape
+        early, late = progress(ctx, cfg.depth)
+        previous_BxLxD, last_BxD = token_shift(x_BxLxD, ctx, None if state is None else state["last_BxD"])
+        mixed = {name: self.mixed(name, x_BxLxD, previous_BxLxD, power * late) for name, power in (
+            ("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2))}
+        r_BxLxHxK = self._heads("receptance", mixed["r"], uniform(0.5))
+        k_BxLxHxK = self._heads("key", mixed["k"], uniform(0.05))
+        v_BxLxHxK = self._heads("value", mixed["v"], uniform(0.5))
+        w_BxLxHxK = self._vector("w0", D, decay_speed(early)) + self._low_rank("w", mixed["w"], jnp.tanh)
+        log_decay_BxLxHxK = -math.exp(-0.5) * jax.nn.sigmoid(w_BxLxHxK)
+        a_BxLxHxK = jax.nn.sigmoid(self._vector("a0", D, lines(-0.19, 0.4, 0.3)) + self._low_rank("a", mixed["a"]))
+        g_BxLxHxK = self._low_rank("g", mixed["g"], jax.nn.sigmoid)
+
+        # The value is mixed with that of layer 0, which is its own in layer 0.
+        first_BxLxN = jnp.where(ctx.layer == 0, v_BxLxHxK.reshape(B, L, D), ctx.shared[FIRST_VALUE])
+        first_BxLxHxK = first_BxLxN.reshape(v_BxLxHxK.shape)
+        v_mix_BxLxHxK = jax.nn.sigmoid(self._vector("v0", D, lines(0.73, -0.4)) + self._low_rank("v", mixed["v"]))
+        v_BxLxHxK += ((first_BxLxHxK - v_BxLxHxK) * v_mix_BxLxHxK).astype(v_BxLxHxK.dtype)
+
+        k_BxLxHxK = k_BxLxHxK.astype(jnp.float32)
+        kappa_BxLxHxK = k_BxLxHxK * self._vector("k_k", D, lines(0.71, -0.1))
+        square_BxLxHx1 = jnp.sum(jnp.square(kappa_BxLxHxK), axis=-1, keepdims=True)
+        kappa_BxLxHxK *= jax.lax.rsqrt(jnp.maximum(square_BxLxHx1, 1e-24))
+        k_BxLxHxK *= 1.0 + (a_BxLxHxK - 1.0) * self._vector("k_a", D, constant(1.02))
+
+        each, whole, rows = ("batch", None, "heads", None), ("batch", "heads", None, None), ("batch", None)
+        kernel = sharding.local(self._wkv7, (*(each,) * 6, rows, rows, None if state is None else whole), [each, whole])
+        y_BxLxHxK, s_BxHxKxK = kernel(
+            r_BxLxHxK, log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxK, kappa_BxLxHxK, a_BxLxHxK * kappa_BxLxHxK,
+            ctx.positions_BxL, ctx.segment_ids_BxL, None if state is None else state["s_BxHxKxK"])
+
+        y_BxLxHxK = self._group_norm(y_BxLxHxK.astype(jnp.float32), late)
+        bonus_BxLxHxK = r_BxLxHxK.astype(jnp.float32) * k_BxLxHxK * self._vector("r_k", D, constant(-0.04))
+        y_BxLxHxK += jnp.sum(bonus_BxLxHxK, axis=-1, keepdims=True) * v_BxLxHxK.astype(jnp.float32)
+        y_BxLxHxK = (y_BxLxHxK * g_BxLxHxK).astype(x_BxLxD.dtype)
+        output_HxKxD = param(self, "output", (*y_BxLxHxK.shape[2:], D), ("heads", "head_dim", "embed"), zeros,
+                             inputs=("heads", "head_dim"))
+        y_BxLxD = jnp.einsum("blhk,hkd->bld", y_BxLxHxK, output_HxKxD)
+        state = None if state is None else {"last_BxD": last_BxD, "s_BxHxKxK": s_BxHxKxK}
+        return y_BxLxD, state, {"shared": {**ctx.shared, FIRST_VALUE: first_BxLxN}}
+
+    def _wkv7(self, r, log_decay, k, v, key, removal, positions_BxL, segment_ids_BxL, state) -> tuple[jax.Array, jax.Array]:
+        return wkv7(r, log_decay, k, v, key, removal, positions_BxL=positions_BxL, segment_ids_BxL=segment_ids_BxL,
+                    state_BxHxKxV=state, chunk=self.cfg.chunk)
+
+    def _heads(self, name: str, x_BxLxD: jax.Array, init: Initializer) -> jax.Array:
+        dim, width = x_BxLxD.shape[-1], self.cfg.head_dim
+        weight_DxHxK = param(self, name, (dim, dim // width, width), ("embed", "heads", "head_dim"), init, inputs=("embed",))
+        return jnp.einsum("bld,dhk->blhk", x_BxLxD, weight_DxHxK)
+
+    def _vector(self, name: str, dim: int, init: Initializer) -> jax.Array:
+        """float32, one number a channel."""
+        shape = (dim // self.cfg.head_dim, self.cfg.head_dim)
+        return param(self, name, shape, ("heads", "head_dim"), init, role="vector").astype(jnp.float32)
+
+    def _low_rank(self, part: str, x_BxLxD: jax.Array, activation=lambda x: x) -> jax.Array:
+        """activation(x @ first) @ second in float32; nothing at first, for the first factor is zero."""
+        dim, width = x_BxLxD.shape[-1], self.cfg.head_dim
+        rank = self.cfg.ranks(dim)[part]
+        first_DxR = param(self, f"{part}1", (dim, rank), ("embed", "rank"), zeros, inputs=("embed",))
+        second_RxHxK = param(self, f"{part}2", (rank, dim // width, width), ("rank", "heads", "head_dim"), orthogonal(0.1),
+                             inputs=("rank",))
+        h_BxLxR = activation(jnp.einsum("bld,dr->blr", x_BxLxD, first_DxR))
+        return jnp.einsum("blr,rhk->blhk", h_BxLxR, second_RxHxK).astype(jnp.float32)
+
+    def _group_norm(self, y_BxLxHxK: jax.Array, late: jax.Array) -> jax.Array:
+        """LayerNorm of each head by itself."""
+        dim = y_BxLxHxK.shape[2] * y_BxLxHxK.shape[3]
+        y_BxLxHxK -= jnp.mean(y_BxLxHxK, axis=-1, keepdims=True)
+        y_BxLxHxK *= jax.lax.rsqrt(jnp.mean(jnp.square(y_BxLxHxK), axis=-1, keepdims=True) + GROUP_NORM_EPS)
+        gain = lambda key, shape, fan: jnp.full(shape, 1.0) * (1.0 - late + 1.0 / self.cfg.depth) ** 0.7
+        return y_BxLxHxK * self._vector("ln_x_gain", dim, gain) + self._vector("ln_x_bias", dim, zeros)
+
+    @staticmethod
+    def init_shared(cfg: Rwkv7TimeMix, x_BxLxD: jax.Array) -> dict:
+        return {FIRST_VALUE: jnp.zeros_like(x_BxLxD)}
+
+    @staticmethod
+    def init_state(cfg: Rwkv7TimeMix, batch: int, dim: int, max_len: int, dtype: jnp.dtype) -> dict:
+        memory = (batch, dim // cfg.head_dim, cfg.head_dim, cfg.head_dim)
+        return {"last_BxD": jnp.zeros((batch, dim), dtype), "s_BxHxKxK": jnp.zeros(memory, jnp.float32)}
+
+    @staticmethod
+    def state_axes(cfg: Rwkv7TimeMix) -> dict:
+        return {"last_BxD": ("batch", "embed"), "s_BxHxKxK": ("batch", "heads", None, None)}
+
+    @staticmethod
+    def flops(cfg: Rwkv7TimeMix, dim: int, seq_len: int, causal: bool = True) -> float:
+        """Projections, low-rank parts, and the memory: find, take away, write, read."""
+        return 8.0 * dim * dim + 4.0 * dim * sum(cfg.ranks(dim).values()) + 8.0 * dim * cfg.head_dim
+
+
+class Rwkv7ChannelMixMixer(_Mix):
+    cfg: Rwkv7ChannelMix
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
+        dim, hidden = x_BxLxD.shape[-1], self.cfg.hidden
+        _, late = progress(ctx, self.cfg.depth)
+        previous_BxLxD, last_BxD = token_shift(x_BxLxD, ctx, None if state is None else state["last_BxD"])
+        k_BxLxD = self.mixed("k", x_BxLxD, previous_BxLxD, late**4)
+        key_DxF = param(self, "key", (dim, hidden), ("embed", "mlp"), uniform(0.5), inputs=("embed",))
+        value_FxD = param(self, "value", (hidden, dim), ("mlp", "embed"), zeros, inputs=("mlp",))
+        h_BxLxF = jnp.square(nn.relu(jnp.einsum("bld,df->blf", k_BxLxD, key_DxF)))
+        y_BxLxD = jnp.einsum("blf,fd->bld", h_BxLxF, value_FxD)
+        return y_BxLxD, None if state is None else {"last_BxD": last_BxD}, {}
+
+    @staticmethod
+    def init_state(cfg: Rwkv7ChannelMix, batch: int, dim: int, max_len: int, dtype: jnp.dtype) -> dict:
+        return {"last_BxD": jnp.zeros((batch, dim), dtype)}
+
+    @staticmethod
+    def state_axes(cfg: Rwkv7ChannelMix) -> dict:
+        return {"last_BxD": ("batch", "embed")}
+
+    @staticmethod
+    def flops(cfg: Rwkv7ChannelMix, dim: int, seq_len: int, causal: bool = True) -> float:
+        return 4.0 * dim * cfg.hidden
