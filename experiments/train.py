@@ -1,7 +1,8 @@
 """Trains a model: `python -m experiments.train --config=quickstart --workdir=runs/quickstart [--set optim.lr=3e-3]...`
 
 The same command again goes on where the run stopped. Ctrl-C saves and stops; so does SIGTERM. Watch it with
-`tensorboard --logdir=runs`. Presets are in configs/; every field can be set, see docs/interfaces.md.
+`tensorboard --logdir=runs`. Presets are in configs/; every field can be set, see docs/interfaces.md. `--init_from=RUN` begins with
+the weights of another run, trained or imported (tools.convert), and, without --config, with its config.
 """
 
 import os
@@ -10,12 +11,16 @@ import sys
 from absl import flags
 
 from experiments import command_line
+from research.config import override, parse_assignments
 from research.errors import InputError
+from research.schema import TOKENIZER, Config
 from research.training.loop import Launch, run
+from research.training.workdir import read_config
 
 command_line.define_config_flags()
 command_line.define_json_flag()
 flags.DEFINE_string("workdir", None, "Directory of the run; made if missing, continued if it holds one.")
+flags.DEFINE_string("init_from", None, "A run whose weights this one begins with; its config, too, where --config is missing.")
 flags.DEFINE_float("minutes", None, "Stop cleanly after so many minutes (exit code 75); the next call goes on.",
                    lower_bound=0.0)
 flags.DEFINE_string("prediction", None, "A prediction file to register at step 0 (copied into the workdir).")
@@ -29,7 +34,7 @@ FLAGS = flags.FLAGS
 def main(_: list[str]) -> int:
     if not FLAGS.workdir:
         raise InputError("--workdir", "is missing", "name a directory for the run, e.g. --workdir=runs/first")
-    config, preset = command_line.configured()
+    config, preset = continued(FLAGS.init_from) if FLAGS.init_from else command_line.configured()
     launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps,
                     webhook=FLAGS.webhook, wandb=FLAGS.wandb)
     result = run(config, launch)
@@ -38,6 +43,22 @@ def main(_: list[str]) -> int:
     else:
         print_summary(config.name, result)
     return 0
+
+
+def continued(run_directory: str) -> tuple[Config, Config]:
+    """(config, preset) of a run that begins with the weights of another: of --config, else of that run itself."""
+    changes = {"train.init_from": run_directory}
+    if FLAGS.config:
+        _, base = command_line.configured()
+    else:
+        try:
+            base = read_config(run_directory)
+        except InputError as error:
+            raise InputError("--init_from", error.problem, error.cure) from None
+        if os.path.isdir(tokenizer := os.path.join(run_directory, TOKENIZER)):
+            changes["data.tokenizer"] = tokenizer
+    base = override(base, changes)
+    return override(base, parse_assignments(FLAGS.set)), base
 
 
 def print_summary(name: str, result: dict) -> None:

@@ -82,6 +82,14 @@ class HuggingFaceTokenizer:
     def save(self, directory: str | pathlib.Path) -> None:
         save_model(directory, self.name, self.vocab_size, self.fingerprint(), self._model)
 
+    def export(self, directory: str | pathlib.Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+        data = json.loads(self._model)
+        roles = {role: self._tokenizer.id_to_token(i) for role, i in data["roles"].items() if i >= 0}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {f"{role}_token": token for role, token in roles.items()}
+        for name, content in (("tokenizer.json", data["tokenizer"]), ("tokenizer_config.json", config)):
+            pathlib.Path(directory, name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
     @staticmethod
     def fingerprint_of(model: bytes) -> str:
         return hashlib.sha256(b"tokenizers" + model).hexdigest()

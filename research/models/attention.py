@@ -42,6 +42,7 @@ class Attention(MixerConfig):
     rope_scaling: RopeScaling | None = None
     window: Positive | None = None
     qk_norm: bool = False
+    qk_norm_eps: PositiveFloat = 1e-6
     softcap: PositiveFloat | None = None
     cross: bool = False
     bias: bool = False
@@ -144,7 +145,7 @@ class AttentionMixer(nn.Module):
             y_BxLxHxK += param(self, f"{name}_bias", shape[1:], axes[1:], zeros, role="vector").astype(y_BxLxHxK.dtype)
         if cfg.qk_norm and name != "value":
             gain_K = param(self, f"{name}_norm", shape[2:], axes[2:], ones, role="vector")
-            y_BxLxHxK = (rms_normalize(y_BxLxHxK, 1e-6) * gain_K).astype(y_BxLxHxK.dtype)
+            y_BxLxHxK = (rms_normalize(y_BxLxHxK, cfg.qk_norm_eps) * gain_K).astype(y_BxLxHxK.dtype)
         return y_BxLxHxK
 
     def _attend(self, q, k, v, q_positions, k_positions, q_segments, k_segments, mask_kind, k_prefix) -> jax.Array:

@@ -146,6 +146,17 @@ def _words(entry: list) -> str:
     return f"{entry[1]}{entry[0]}"
 
 
+def checkpoint_step(workdir: str | epath.Path, step: int | None, field: str) -> int:
+    """`step`, else the latest, if `workdir` has a checkpoint of it; InputError names those that it has."""
+    directory = epath.Path(workdir).absolute() / CHECKPOINTS
+    steps = sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
+    if not steps or (step is not None and step not in steps):
+        found = ", ".join(map(str, steps)) or "none"
+        raise InputError(field, f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'} (found: {found})",
+                         "train there first, or name another run")
+    return steps[-1] if step is None else step
+
+
 def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: int | None = None, *,
                 field: str = "--workdir") -> tuple[dict, int]:
     """The parameters alone of a run's checkpoint (the latest by default) and its step; laid out like `abstract` if given.
@@ -155,13 +166,8 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
     Raises:
       InputError: no checkpoint there, or arrays of another shape.
     """
+    step = checkpoint_step(workdir, step, field)
     directory = epath.Path(workdir).absolute() / CHECKPOINTS
-    steps = sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
-    if not steps or (step is not None and step not in steps):
-        found = ", ".join(map(str, steps)) or "none"
-        raise InputError(field, f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'} (found: {found})",
-                         "train there first, or name another run")
-    step = steps[-1] if step is None else step
     with ocp.CheckpointManager(directory, item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if abstract is None:

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 _ODD = 2654435761  # Knuth's multiplicative hash: the odd number nearest 2^32 / golden ratio
 
 
-def _checksum(x: jax.Array) -> jax.Array:
+def _checksum(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
     index = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    index += jnp.uint32(start)
     mixed = (bits ^ (index * jnp.uint32(_ODD))) * jnp.uint32(_ODD)
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
 
@@ -36,3 +37,13 @@ def checksums(trees: Mapping[str, Any]) -> dict[str, int]:
         return {}
     values = jax.device_get(_checksums([leaf for _, leaf in found]))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for (path, _), value in zip(found, values)}
+
+
+def checksum_of_part(x: jax.Array, start: int) -> int:
+    """What the elements from `start` on (in the order of C) of an array add to its checksum, modulo 2^32."""
+    return int(_part(x, jnp.uint32(start % 2**32)))
+
+
+@jax.jit
+def _part(x: jax.Array, start: jax.Array) -> jax.Array:
+    return _checksum(x, start)

@@ -1,0 +1,252 @@
+"""Models of Hugging Face's transformers, in and out: config, weights (safetensors) and tokenizer, one tensor at a time.
+
+At its peak a conversion holds about three copies of the largest tensor on disk (theirs: a layer's matrix, an expert's or the
+embedding): as read, in our layout, compressed. Exporting a run that was trained here holds one of our arrays, of all layers, too.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any, Iterator, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from tqdm import tqdm
+
+from research.config import difference, nearest
+from research.data.pretrained import HuggingFaceTokenizer
+from research.data.tokenizer import load_tokenizer
+from research.errors import InputError
+from research.interop import safetensors_files
+from research.interop.families import FAMILIES
+from research.interop.family import Family
+from research.interop.parameter_store import ParameterReader, ParameterWriter
+from research.interop.safetensors_files import TensorFiles, read_json
+from research.interop.tensor_map import Theirs, tensor_map
+from research.models.lm import LanguageModel
+from research.schema import CONFIG_FILE, TOKENIZER, Config, DataConfig, ModelConfig, OptimConfig, Source, Stage
+from research.training.workdir import is_remote, read_config, write_config
+
+# Settings of ours that don't change the function, or only its training; theirs have no place for them.
+TRAINING_ONLY = ("implementation", "balance_loss", "z_loss", "depth", "chunk")
+SHARD_BYTES = 5_000_000_000
+
+
+def import_model(source: str, workdir: str, dtype: str | None = None) -> dict[str, Any]:
+    """Makes a run directory at `workdir` of the model in the directory `source`. `dtype`: of the weights, None = as they are.
+
+    Returns:
+      {"family", "params", "tensors", "tokenizer"}, the last whether there was one.
+
+    Raises:
+      InputError: of an unknown family; tensors missing, extra, misshapen or cut; pickles; paths out of the directory; a
+        `workdir` that isn't empty. Nothing is left at `workdir` then.
+    """
+    directory, output = pathlib.Path(source).expanduser(), _new_directory(workdir)
+    if not directory.is_dir():
+        raise InputError("--input", f"there is no directory {source}", "name a downloaded model")
+    config = read_json(directory, CONFIG_FILE)
+    family = _family_named(config)
+    model = family.read(family.settings(config))
+    files = TensorFiles.open(directory)
+    theirs = tensor_map(LanguageModel(model), family.rows, family.per_layer)
+    names = _match(family, theirs, files, model.tie_embeddings)
+    tokenizer = HuggingFaceTokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
+    arrays = _our_arrays(model, theirs, names, files, dtype)
+    # Computed in the dtype of the weights; training goes on with float32 weights.
+    model = dataclasses.replace(model, compute_dtype=str(arrays["embedding/table"][1]))
+    with _Undone(output):
+        writer = ParameterWriter(output, arrays, {part.path: len(part.index) for t in theirs.values() for part in t.parts})
+        for name, tensor in _progress(theirs, "importing"):
+            value = files.read(names[name])
+            for part in tensor.parts:
+                writer.write(part.path, part.index, part.take(value))
+        if tokenizer:
+            tokenizer.save(output / TOKENIZER)
+        else:
+            logging.warning("%s has no tokenizer.json: the run can be given token ids, but no text", directory)
+        data = DataConfig(sources=(Source("sourcecode"),), seq_len=min(1024, model.max_len),
+                          tokenizer=str(output / TOKENIZER) if tokenizer else "bytes")
+        start = Config(name=family.model_type, model=model, data=data, optim=OptimConfig(lr=1e-4, warmup_steps=100))
+        write_config(epath.Path(output), start, "")
+        writer.commit()
+    return {"family": family.model_type, "params": LanguageModel(model).param_counts()["total"], "tensors": len(theirs),
+            "tokenizer": tokenizer is not None}
+
+
+def export_model(workdir: str, target: str, step: int | None = None, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+    """Writes a run's checkpoint (the latest by default) as a model that transformers loads, to the directory `target`.
+
+    Returns:
+      {"family", "params", "tensors", "files", "step", "tokenizer"}.
+
+    Raises:
+      InputError: the model is of no known family, or its checkpoint is damaged; `target` isn't empty.
+    """
+    source, output = pathlib.Path(workdir).expanduser(), _new_directory(target)
+    config = read_config(source)
+    model = config.model
+    family, settings = _family_of(model)
+    theirs = tensor_map(LanguageModel(model), family.rows, family.per_layer)
+    reader = ParameterReader(source, step)
+    for path, weight in LanguageModel(model).weights.items():
+        if path not in reader.arrays or reader.arrays[path][0] != weight.shape:
+            raise InputError("--input", f"the checkpoint has no {path} of shape {list(weight.shape)}", "restore the run's files")
+    arrays = {name: (_promoted(reader.arrays[part.path][1] for part in t.parts), t.shape) for name, t in theirs.items()}
+    held = ""
+
+    def value(name: str) -> np.ndarray:
+        nonlocal held
+        parts = theirs[name].parts
+        if parts[0].path != held:
+            reader.release()
+            held = parts[0].path
+        return theirs[name].assemble([reader.read(part.path, part.index) for part in parts]).astype(arrays[name][0], copy=False)
+
+    with _Undone(output):
+        output.mkdir(parents=True, exist_ok=True)
+        written = safetensors_files.write(output, arrays, value, shard_bytes)
+        for _ in tqdm(written, "exporting", len(arrays), disable=None):
+            pass
+        reader.verify()
+        special = _export_tokenizer(source / TOKENIZER, output)
+        dtype = str(arrays[next(iter(arrays))][0])
+        described = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype,
+                     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special, **settings}
+        (output / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+    return {"family": family.model_type, "params": LanguageModel(model).param_counts()["total"], "tensors": len(theirs),
+            "files": sorted(path.name for path in output.iterdir()), "step": reader.step, "tokenizer": bool(special)}
+
+
+class _Undone:
+    """Takes a new directory back where what fills it fails."""
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory, self._existed = directory, directory.exists()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            if self._existed:
+                self._directory.mkdir()
+
+
+def _new_directory(name: str) -> pathlib.Path:
+    if is_remote(name):
+        raise InputError("--output", f"{name} is not on this machine", "convert to a local directory, then copy it")
+    path = pathlib.Path(name).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError("--output", f"{name} is there already", "name a new directory")
+    return path
+
+
+def _family_named(config: Mapping[str, Any]) -> Family:
+    kind = str(config["model_type"]) if "model_type" in config else ""
+    if kind not in FAMILIES:
+        known = f"known: {', '.join(sorted(FAMILIES))}"
+        close = nearest(kind, list(FAMILIES))
+        raise InputError("config.json: model_type", f"unknown family {kind!r}", known if close == known else f"{close} {known}")
+    return FAMILIES[kind]
+
+
+def _match(family: Family, theirs: Mapping[str, Theirs], files: TensorFiles, tied: bool) -> dict[str, str]:
+    """Name in the table -> name in the files; every tensor of both must be there, in the right shape."""
+    stored = {}
+    for name in files.entries:
+        full = family.optional_prefix + name
+        stored[full if name not in theirs and not name.startswith(family.optional_prefix) else name] = name
+    extra = [name for name in stored if name not in theirs and not re.fullmatch(family.ignored, name)]
+    head = [row.theirs for row in family.rows if row.ours == "unembedding/kernel"]
+    head = [name for name in {*head, *(family.optional_prefix + name for name in head)} if tied and name in extra]
+    missing = [name for name in theirs if name not in stored]
+    for word, found, cure in (("misses", missing, "download it again"),
+                              ("also has", [name for name in extra if name not in head], f"is it a {family.architecture}?")):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise InputError("--input", f"the model {word} {', '.join(found[:3])}{more}", cure)
+    for name, tensor in theirs.items():
+        shape = files.entries[stored[name]].shape
+        if shape != tensor.shape:
+            raise InputError("--input", f"{name} has shape {list(shape)}, config.json says {list(tensor.shape)}",
+                             "download both again")
+    table = next(name for name, tensor in theirs.items() if tensor.parts[0].path == "embedding/table")
+    for name in head:
+        if not np.array_equal(files.read(stored[name]), files.read(stored[table])):
+            raise InputError("--input", f"{name} isn't the embedding, to which config.json ties it", "set tie_word_embeddings")
+    return {name: stored[name] for name in theirs}
+
+
+def _our_arrays(model: ModelConfig, theirs: Mapping[str, Theirs], names: Mapping[str, str], files: TensorFiles,
+                dtype: str | None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Path -> (shape, dtype): as stored; where layers differ, one that holds all of them."""
+    found: dict[str, list[np.dtype]] = {}
+    for name, tensor in theirs.items():
+        for part in tensor.parts:
+            found.setdefault(part.path, []).append(files.dtype(names[name]))
+    weights = LanguageModel(model).weights
+    return {path: (weights[path].shape, np.dtype(jnp.dtype(dtype)) if dtype else _promoted(set(dtypes)))
+            for path, dtypes in found.items()}
+
+
+def _promoted(dtypes: Any) -> np.dtype:
+    return np.dtype(jnp.result_type(*dtypes))
+
+
+def _progress(tensors: Mapping[str, Theirs], words: str) -> Iterator[tuple[str, Theirs]]:
+    return iter(tqdm(tensors.items(), words, disable=None))
+
+
+def _family_of(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    """The family that has a place for all of `model`, and the settings that say it."""
+    problem = None
+    for family in FAMILIES.values():
+        settings = family.write(model)
+        if settings is None or any(len(stage.pattern) % family.per_layer for stage in model.stages):
+            continue
+        back = family.read(family.settings(settings))
+        differing = difference(_plain(model), _plain(back))
+        if not differing:
+            return family, settings
+        field, (ours, _) = next(iter(differing.items()))
+        problem = problem or InputError(f"model.{field}", f"{family.model_type} has no place for {ours!r}",
+                                        "export a model without it")
+    if problem:
+        raise problem
+    kinds = "+".join(dict.fromkeys(type(mixer).__name__ for stage in model.stages for mixer in stage.pattern))
+    raise InputError("--input", f"no family is made of {kinds}", f"known: {', '.join(sorted(FAMILIES))}")
+
+
+def _plain(model: ModelConfig) -> ModelConfig:
+    """Without what only matters in training, and with one stage of all layers, so that equal functions are equal."""
+    stages = []
+    for stage in model.stages:
+        pattern = []
+        for mixer in stage.pattern:
+            fields = {field.name: field.default for field in dataclasses.fields(mixer) if field.name in TRAINING_ONLY}
+            pattern.append(dataclasses.replace(mixer, **fields))
+        stages += pattern * stage.repeats
+    return dataclasses.replace(model, stages=(Stage(tuple(stages)),), dropout=0.0, remat="none", param_dtype="float32",
+                               compute_dtype="float32")
+
+
+def _export_tokenizer(directory: pathlib.Path, output: pathlib.Path) -> dict[str, int]:
+    """Writes tokenizer.json and its config; returns the ids of the special tokens."""
+    if not directory.exists():
+        return {}
+    tokenizer = load_tokenizer(directory)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.export(output)
+    else:
+        shutil.copytree(directory, output / TOKENIZER)
+        logging.warning("the run's tokenizer (%s) has no tokenizer.json; its own files are in %s", tokenizer.name,
+                        os.fspath(output / TOKENIZER))
+    return special

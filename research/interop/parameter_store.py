@@ -1,0 +1,141 @@
+"""A checkpoint's parameters, written and read piece by piece, so that no whole model is ever in memory.
+
+Orbax writes the checkpoint with arrays of one element; then each array is made again, with its shape, in the store that Orbax keeps them
+in (zarr in OCDBT, through tensorstore), cut along layers and experts. To Orbax it is a checkpoint like any other.
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from research.errors import InputError
+from research.params import unflatten
+from research.schema import CHECKPOINTS, SCHEMA_VERSION
+from research.training.checkpoint import checkpoint_step
+from research.training.checksums import checksum_of_part
+from research.training.workdir import write_json
+
+ITEMS = ("params", "meta")
+_META = ("meta", "metadata")  # where Orbax keeps the composite's JSON item
+
+
+def _spec(directory: pathlib.Path, path: str) -> dict[str, Any]:
+    # An array's key: its path with dots, as Orbax writes it.
+    store = {"driver": "ocdbt", "base": directory.absolute().as_uri() + "/", "path": path.replace("/", ".") + "/"}
+    return {"driver": "zarr", "kvstore": store, "recheck_cached_data": "open"}
+
+
+def _index_of(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """How many elements come before array[index]."""
+    return sum(i * math.prod(shape[axis + 1:]) for axis, i in enumerate(index))
+
+
+class ParameterWriter:
+    """Writes checkpoint `step` of `workdir`: every part of every array once, then `commit`. Nothing is seen of it before."""
+
+    def __init__(self, workdir: pathlib.Path, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]], pieces: Mapping[str, int],
+                 step: int = 0):
+        """`arrays`: path -> (shape, dtype). `pieces`: path -> how many leading axes `write`'s indices have."""
+        self._arrays, self._step = arrays, step
+        self._final = workdir / CHECKPOINTS / str(step)
+        self._working = workdir / CHECKPOINTS / f".{step}.partial"
+        shutil.rmtree(self._working, ignore_errors=True)
+        self._working.mkdir(parents=True)
+        skeleton = unflatten({path: np.zeros((1,), dtype) for path, (_, dtype) in arrays.items()})
+        with ocp.CheckpointManager(self._working.absolute(), item_names=ITEMS) as manager:
+            manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(skeleton), meta=ocp.args.JsonSave({})))
+        self._missing = {path: math.prod(shape[:pieces[path]]) for path, (shape, _) in arrays.items()}
+        self._sums = dict.fromkeys(arrays, 0)
+        self._open = {path: self._make(path, pieces[path]) for path in arrays}
+
+    def _make(self, path: str, leading: int) -> Any:
+        shape, dtype = self._arrays[path]
+        metadata = {"shape": list(shape), "chunks": [1] * leading + list(shape[leading:]), "dtype": _zarr_name(dtype),
+                    "compressor": {"id": "zstd", "level": 1}}
+        spec = _spec(self._working / str(self._step) / "params", path) | {"metadata": metadata}
+        return tensorstore.open(spec, create=True, delete_existing=True).result()
+
+    def write(self, path: str, index: tuple[int, ...], value: np.ndarray) -> None:
+        shape, dtype = self._arrays[path]
+        self._sums[path] += checksum_of_part(jnp.asarray(value), _index_of(index, shape))
+        self._open[path][index].write(value.astype(dtype, copy=False)).result()
+        self._missing[path] -= 1
+
+    def commit(self) -> None:
+        left = [path for path, count in self._missing.items() if count]
+        if left:
+            raise ValueError(f"parts of {left[0]} were not written")
+        meta = {"schema": SCHEMA_VERSION, "step": self._step,
+                "params": {path: [list(shape), str(dtype)] for path, (shape, dtype) in self._arrays.items()},
+                "checksums": {f"params/{path}": total % 2**32 for path, total in self._sums.items()}}
+        write_json(epath.Path(self._working / str(self._step)).joinpath(*_META), meta)
+        os.replace(self._working / str(self._step), self._final)
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes what isn't committed."""
+        shutil.rmtree(self._working, ignore_errors=True)
+
+
+class ParameterReader:
+    """Reads the parameters of a checkpoint of `workdir` (the latest by default) in pieces, and checks their checksums.
+
+    They are the averaged ones where the run averages. An array that was stored whole is held whole until another is read.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int | None = None):
+        self.step = checkpoint_step(workdir, step, "--input")
+        directory = workdir.absolute() / CHECKPOINTS / str(self.step)
+        self._meta = json.loads(directory.joinpath(*_META).read_text(encoding="utf-8"))
+        self._item = "averaged" if "averaged" in self._meta else "params"
+        self._directory = directory / self._item
+        self.arrays = {path: (tuple(shape), np.dtype(jnp.dtype(dtype))) for path, (shape, dtype) in self._meta[self._item].items()}
+        self._held: dict[str, Any] = {}  # the whole array, or, where it is stored in the pieces that are read, its store
+        self._sums = dict.fromkeys(self.arrays, 0)
+
+    def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
+        """array[index]; every part must be read once before `verify`."""
+        shape, dtype = self.arrays[path]
+        if path not in self._held:
+            self._held[path] = self._open(path, len(index))
+        array = self._held[path]
+        value = np.asarray(array[index] if isinstance(array, np.ndarray) else array[index].read().result())
+        if (value.dtype, value.shape) != (dtype, shape[len(index):]):
+            raise InputError("--input", f"{path} isn't the array that its checkpoint says", "restore the run's files")
+        self._sums[path] += checksum_of_part(jnp.asarray(value), _index_of(index, shape))
+        return value
+
+    def _open(self, path: str, leading: int) -> Any:
+        try:
+            array = tensorstore.open(_spec(self._directory, path), read=True).result()
+            if any(size > 1 for size in array.chunk_layout.read_chunk.shape[:leading]):
+                array = np.asarray(array.read().result())
+        except ValueError as error:
+            raise InputError("--input", f"{path} of step {self.step} can't be read ({str(error).splitlines()[0]})",
+                             "restore the run's files") from None
+        return array
+
+    def release(self) -> None:
+        """Frees the arrays that are held whole."""
+        self._held.clear()
+
+    def verify(self) -> None:
+        """Raises InputError: a part wasn't what was saved."""
+        for path, total in self._sums.items():
+            if self._meta["checksums"][f"{self._item}/{path}"] != total % 2**32:
+                raise InputError("--input", f"{path} of step {self.step} doesn't have the checksum it was saved with",
+                                 "restore the run's files")
+
+
+def _zarr_name(dtype: np.dtype) -> str:
+    return "bfloat16" if dtype == jnp.bfloat16 else dtype.str
