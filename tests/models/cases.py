@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Case]] = {
         "gelu_bias": Case(GatedMlp(hidden=24, activation="gelu", bias=True), sideways=False),
     },
     "LatentAttention": {
-        "v3": Case(LatentAttention(heads=2, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=5, query_rank=8)),
+        "v3": Case(LatentAttention(heads=2, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=5, query_rank=8)),
         "direct_query_yarn": Case(
             LatentAttention(
                 heads=3, kv_rank=4, nope_dim=3, rope_dim=4, value_dim=3, scale=0.3,
