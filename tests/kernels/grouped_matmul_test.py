@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from kernels.grouped_matmul_pallas import matrix_gradient
 
 M, D, F = 11, 4, 3
 SIZES = {
@@ -43,6 +44,19 @@ def test_values_and_gradients(implementation, sizes):
     for actual, expected in zip((y, *pull(jnp.asarray(dy))), oracle(x, w, dy, sizes)):
         np.testing.assert_allclose(actual, expected, atol=2e-6)
     assert not np.any(np.asarray(y)[sum(sizes) :])
+
+
+@pytest.mark.parametrize("rows", [11, 1300])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_tpu_s_gradient_of_the_matrices(sizes, rows):
+    """The Pallas kernel, interpreted; with more rows than fit a tile, too."""
+    sizes = np.array(sizes) * (rows // M)
+    random = np.random.default_rng(1)
+    x, dy = random.normal(size=(rows, D)).astype(np.float32), random.normal(size=(rows, F)).astype(np.float32)
+    ends = np.cumsum(sizes)
+    expected = [x[a:b].astype(np.float64).T @ dy[a:b] for a, b in zip(ends - sizes, ends)]
+    dw = matrix_gradient(jnp.asarray(x), jnp.asarray(dy), jnp.asarray(sizes), interpret=True)
+    np.testing.assert_allclose(dw, expected, atol=1e-5 * rows**0.5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research import sharding
 from research.errors import InputError
 from research.models.attention import Attention
 from research.models.lm import LanguageModel
 from research.models.mixers import row
 from research.models.moe import Moe, MoeMixer
-from research.schema import ModelConfig, Stage
+from research.schema import MeshConfig, ModelConfig, Stage
 from tests.models.cases import DIM
-from tests.models.harness import Layout, apply, assert_close, context, jitted, make_params, random
+from tests.models.harness import QUICK, Layout, apply, assert_close, context, jitted, make_params, random
 
 LAYOUT = Layout((((1, 5), (2, 6), (0, 1)), ((1, 3), (0, 1), (1, 4), (2, 3), (0, 1))))
 VALID = LAYOUT.segment_ids_BxL != 0
@@ -112,6 +113,22 @@ def test_gradients_are_those_of_running_every_expert(name):
     loss = lambda params, x: jnp.sum(apply(cfg, params, x, context(LAYOUT))[0] * probe)
     actual = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
     assert_close(actual, expected)
+
+
+def test_a_row_that_the_mesh_does_not_divide(devices):
+    """One row on four experts' devices: each of them sends it all, and values and gradients are those of one device."""
+    cfg, x, probe = Moe(experts=4, top_k=2, hidden=8), random(1, 6, DIM), random(1, 6, DIM, seed=3)
+    ctx = context(Layout((((1, 5), (0, 1)),)))
+    mesh, rules = sharding.make_mesh(MeshConfig(rules="ep", expert=4), devices), sharding.rules_named("ep")
+
+    def loss(params, x):
+        y = apply(cfg, params, x, ctx)[0]
+        return jnp.sum(y * probe), y
+
+    run = lambda: jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)(make_params(cfg), x)
+    expected = run()
+    with sharding.use(mesh, rules):
+        assert_close(run(), expected)
 
 
 @pytest.mark.parametrize("factor, capacity", [(0.5, 3), (1.0, 6), (2.0, 12)])
