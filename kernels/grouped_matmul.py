@@ -22,7 +22,7 @@ def reference(x_MxD: jax.Array, w_ExDxF: jax.Array, sizes_E: jax.Array) -> jax.A
 
 
 def ragged(x_MxD: jax.Array, w_ExDxF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """`jax.lax.ragged_dot`: on a TPU the compiler's own grouped kernel, elsewhere a masked dense product of E times the work."""
+    """`jax.lax.ragged_dot`: on a TPU the compiler's grouped kernel, elsewhere a masked dense product of E times the work."""
     # A kernel that only visits groups may leave anything in the rows behind them, here and in their gradients.
     inside_Mx1 = (jnp.arange(x_MxD.shape[0]) < jnp.sum(sizes_E))[:, None]
     y_MxF = _ragged(jnp.where(inside_Mx1, x_MxD, 0), w_ExDxF, sizes_E.astype(jnp.int32))

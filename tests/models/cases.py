@@ -7,8 +7,8 @@ from research.models.attention import Attention
 from research.models.latent_attention import LatentAttention
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
-from research.models.rope import RopeScaling
 from research.models.moe import Moe
+from research.models.rope import RopeScaling
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual

@@ -71,7 +71,8 @@ def test_experts(name):
               "gate": gate_up[:, :HIDDEN].swapaxes(1, 2), "up": gate_up[:, HIDDEN:].swapaxes(1, 2),
               "down": to_array(weights["experts.down_proj"]).swapaxes(1, 2)}
     if cfg.shared_hidden:
-        params |= {f"shared_{part}": to_array(weights[f"shared_experts.{part}_proj.weight"]).T for part in ("gate", "up", "down")}
+        shared = {part: weights[f"shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down")}
+        params |= {f"shared_{part}": to_array(weight).T for part, weight in shared.items()}
         params["balance_bias"] = to_array(weights["gate.e_score_correction_bias"])
     x = random(2, 6, DIM)
     with torch.no_grad():
