@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kernels.grouped_matmul_pallas import matrix_gradient
+
 
 def reference(x_MxD: jax.Array, w_ExDxF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The definition, with a matrix for every row in memory. Arguments and result as in `grouped_matmul`."""
@@ -20,12 +22,35 @@ def reference(x_MxD: jax.Array, w_ExDxF: jax.Array, sizes_E: jax.Array) -> jax.A
 
 
 def ragged(x_MxD: jax.Array, w_ExDxF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """`jax.lax.ragged_dot`: on a TPU the compiler's own grouped kernel, elsewhere a masked dense product of E times the work."""
+    """`jax.lax.ragged_dot`: on a TPU the compiler's grouped kernel, elsewhere a masked dense product of E times the work."""
     # A kernel that only visits groups may leave anything in the rows behind them, here and in their gradients.
     inside_Mx1 = (jnp.arange(x_MxD.shape[0]) < jnp.sum(sizes_E))[:, None]
-    y_MxF = jax.lax.ragged_dot(jnp.where(inside_Mx1, x_MxD, 0), w_ExDxF, sizes_E.astype(jnp.int32))
+    y_MxF = _ragged(jnp.where(inside_Mx1, x_MxD, 0), w_ExDxF, sizes_E.astype(jnp.int32))
     return jnp.where(inside_Mx1, y_MxF, 0)
 
+
+@jax.custom_vjp
+def _ragged(x_MxD: jax.Array, w_ExDxF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x_MxD, w_ExDxF, sizes_E)
+
+
+def _ragged_forward(x_MxD, w_ExDxF, sizes_E):
+    return _ragged(x_MxD, w_ExDxF, sizes_E), (x_MxD, w_ExDxF, sizes_E)
+
+
+def _ragged_backward(saved, dy_MxF):
+    x_MxD, w_ExDxF, sizes_E = saved
+
+    def by_compiler(x_MxD, dy_MxF, sizes_E):
+        _, pull = jax.vjp(lambda w: jax.lax.ragged_dot(x_MxD, w, sizes_E), w_ExDxF)
+        return pull(dy_MxF)[0]
+
+    dx_MxD = jax.lax.ragged_dot(dy_MxF, jnp.swapaxes(w_ExDxF, 1, 2), sizes_E)
+    dw_ExDxF = jax.lax.platform_dependent(x_MxD, dy_MxF, sizes_E, tpu=matrix_gradient, default=by_compiler)
+    return dx_MxD, dw_ExDxF, None
+
+
+_ragged.defvjp(_ragged_forward, _ragged_backward)
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "ragged": ragged}
 

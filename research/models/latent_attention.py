@@ -3,12 +3,13 @@
     latent = norm(x kv_down), its key_h = [latent key_h ; rope(x key_rope)], its value_h = latent value_h
     query_h = [n ; rope(r)] of norm(x query_down) query_h, or of x query_h
 
-The cache holds the latent and the rotated key that all heads share, nothing by head. A decode step never makes the cached keys and
-values: `key` is absorbed into the query and `value` into the output, which makes it attention of one key head over the latents.
-A prefill expands them, which costs fewer FLOPs a score.
+The cache holds the latent and the rotated key that all heads share, nothing by head. A decode step never makes the cached
+keys and values: `key` is absorbed into the query and `value` into the output, which makes it attention of one key head over
+the latents. A prefill expands them, which costs fewer FLOPs a score.
 
-DeepSeek's checkpoints rotate neighbours (2k, 2k + 1); here halves are rotated (k, k + K/2), as everywhere in this house: an import
-reorders the rotated columns of `query` and `key_rope`, evens first. With YaRN its softmax scale carries mscale^2: `scale`.
+DeepSeek's checkpoints rotate neighbours (2k, 2k + 1); here halves are rotated (k, k + K/2), as everywhere in this house: an
+import reorders the rotated columns of `query` and `key_rope`, evens first. With YaRN, its softmax scale carries mscale^2:
+set `scale`.
 """
 
 import dataclasses

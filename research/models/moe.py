@@ -122,8 +122,8 @@ class MoeMixer(nn.Module):
         by_group = choice_BxLxE.reshape(*choice_BxLxE.shape[:-1], cfg.groups, -1)
         best, _ = jax.lax.top_k(by_group, 1 if cfg.scores == "softmax" else 2)
         _, kept = jax.lax.top_k(jnp.sum(best, axis=-1), cfg.top_groups)
-        kept_BxLxG = jnp.any(jax.nn.one_hot(kept, cfg.groups, dtype=bool), axis=-2)
-        return jnp.where(kept_BxLxG[..., None], by_group, -jnp.inf).reshape(choice_BxLxE.shape)
+        kept = jnp.any(jax.nn.one_hot(kept, cfg.groups, dtype=bool), axis=-2)
+        return jnp.where(kept[..., None], by_group, -jnp.inf).reshape(choice_BxLxE.shape)
 
     def _aux(self, logits_BxLxE, log_score_BxLxE, chosen_BxLxJ, valid_BxLx1) -> dict:
         """Losses and loads, over the tokens that aren't padding; loads are in fair shares, 1 at balance."""

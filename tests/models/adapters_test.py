@@ -11,11 +11,11 @@ from research.errors import InputError
 from research.models.attention import Attention
 from research.models.mixers import Parallel
 from research.models.mlp import Mlp
+from research.models.moe import Moe
 from research.params import AdapterRule, LowRank, flatten, init_adapters, merge_adapters
 from research.schema import Stage
 from tests.models.harness import QUICK, assert_close, context
 from tests.models.small_models import DENSE, PACKED, generic_params, make_model, mean_loss, random_tokens
-from research.models.moe import Moe
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual
 

@@ -7,10 +7,10 @@ from research.models.attention import Attention
 from research.models.latent_attention import LatentAttention
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
-from research.models.rope import RopeScaling
 from research.models.moe import Moe
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
+from research.models.rope import RopeScaling
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual
@@ -60,7 +60,7 @@ CASES: dict[str, dict[str, Case]] = {
         "gelu_bias": Case(GatedMlp(hidden=24, activation="gelu", bias=True), sideways=False),
     },
     "LatentAttention": {
-        "v3": Case(LatentAttention(heads=2, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=5, query_rank=8)),
+        "v3": Case(LatentAttention(heads=2, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=5, query_rank=8)),
         "direct_query_yarn": Case(
             LatentAttention(
                 heads=3, kv_rank=4, nope_dim=3, rope_dim=4, value_dim=3, scale=0.3,

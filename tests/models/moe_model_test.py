@@ -12,6 +12,7 @@ from research import sharding
 from research.models.attention import Attention
 from research.models.lm import read_aux
 from research.models.mixers import Parallel
+from research.models.moe import Moe, MoeMixer
 from research.params import flatten
 from research.schema import MeshConfig, Stage
 from tests.models.harness import QUICK, Layout, assert_close, context
@@ -24,7 +25,6 @@ from tests.models.small_models import (
     mean_loss,
     random_tokens,
 )
-from research.models.moe import Moe, MoeMixer
 
 BIAS = "decoder/stage_1/moe_1/balance_bias"
 MODEL = make_model(*DENSE_THEN_MOE)

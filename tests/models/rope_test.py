@@ -56,7 +56,7 @@ SCALINGS = {
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_are_those_of_transformers(name):
     pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaling, width, base, published = SCALINGS[name]

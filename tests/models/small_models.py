@@ -12,10 +12,10 @@ from research.models.context import Context
 from research.models.heads import token_loss
 from research.models.lm import LanguageModel, read_aux
 from research.models.mlp import GatedMlp
+from research.models.moe import Moe
 from research.params import unflatten
 from research.schema import ModelConfig, Stage
 from tests.models.harness import QUICK, Layout, context
-from research.models.moe import Moe
 
 VOCAB, DIM, LENGTH = 32, 16, 12
 

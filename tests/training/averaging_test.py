@@ -14,6 +14,7 @@ from configs import preset
 from research.config import override
 from research.errors import InputError, Interrupted
 from research.models.attention import Attention
+from research.models.moe import Moe
 from research.params import flatten, params_sha256
 from research.schema import Stage
 from research.training import loop, reporting
@@ -24,7 +25,6 @@ from research.training.optimizers import OPTIMIZERS
 from research.training.program import make_program
 from research.training.state import init_state, restart_from
 from research.training.workdir import read_rows
-from research.models.moe import Moe
 from tests.training.common import one_device, random_batch, small
 
 STEPS = 14

@@ -1,15 +1,19 @@
 """What an evaluation leaves in the run directory, and the stop on saturation: said, and the same after a kill."""
 
+import dataclasses
 import json
 import math
 import os
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import preset
 from research.config import override
 from research.errors import InputError, Interrupted
-from research.schema import evaluation_file
+from research.models.attention import Attention
+from research.models.moe import Moe
+from research.schema import Stage, evaluation_file
 from research.training import loop
 from research.training.loop import Launch, run
 from research.training.workdir import read_rows
@@ -100,3 +104,20 @@ def test_documents_and_positions_add_up_to_the_loss(saturated):
 def test_bad_input():
     with pytest.raises(InputError, match="train.stop_after_flat: 3 counts evaluations, and eval_every is 0"):
         override(preset("debug"), {"train.stop_after_flat": 3})
+
+
+def test_the_experts_load_is_in_every_row_and_in_tensorboard(cache, tmp_path):
+    """Means over the stage's layers: how full the fullest and the emptiest expert are, what is dropped, the weighted losses."""
+    mixer = Moe(experts=4, top_k=2, hidden=8, capacity_factor=1.0, balance_rate=1e-3, balance_loss=0.01, z_loss=1e-3)
+    config = config_in(cache, train__steps=4, train__log_every=2)
+    model = dataclasses.replace(config.model, stages=(Stage((Attention(heads=2),)), Stage((mixer,), 2)))
+    run(dataclasses.replace(config, model=model), Launch(str(tmp_path), preset("debug"), quiet=True))
+    rows = [row for row in read_rows(tmp_path, "metrics-") if "loss" in row and "set" not in row]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert len(rows) == 2
+    for name in ("max_load", "min_load", "dropped_share", "balance_loss", "router_z_loss"):
+        tag = f"stage_1/moe_0/{name}"
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx([row[tag] for row in rows])
+    assert all(row["stage_1/moe_0/max_load"] >= 1 >= row["stage_1/moe_0/min_load"] >= 0 for row in rows)
+    assert all(0 < row["stage_1/moe_0/dropped_share"] < 1 for row in rows)

@@ -105,18 +105,23 @@ def test_the_step_compiles_for_v5e_and_its_collectives_are_pinned(name, compiled
     for channel, size in (found["all-gather"] if "all-gather" in found else {}).items():
         # Weights, token ids and (context parallel) one row's keys are gathered; whole activations never, but for the
         # gradient of the embedding's lookup where rows are split over experts (docs/design.md, section 5).
-        limit = activations + (name == "ep")
+        limit = activations + name.startswith("ep")
         assert size < limit or size <= largest_weight, f"all-gather {channel} of {size} elements"
     if name == "dp":
         assert set(counts) == {"all-reduce"}
 
 
-def test_experts_are_not_gathered(compiled):
+@pytest.mark.parametrize("name", ["ep", "ep_dropless"])
+def test_experts_are_not_gathered(name, compiled):
     """Expert weights stay on their devices: nothing of a whole expert stack's size is gathered over the expert axis."""
-    found = collectives(compiled("ep").as_text())
+    text = compiled(name).as_text()
     stack = 4 * 128 * 128
-    assert "all-to-all" in found  # rows go to their experts and back
-    assert all(size != stack for size in found["all-gather"].values())
+    assert all(size != stack for size in collectives(text)["all-gather"].values())
+    if name == "ep":
+        assert "all-to-all" in collectives(text)  # rows go to their experts and back
+    else:  # there and back, forward and backward; the compiler gives them one channel
+        assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) == 4
+        assert "ragged-dot" in text and "tgmm" in text  # the grouped kernels
 
 
 def test_the_pallas_kernel_is_in_the_program(compiled):
@@ -149,7 +154,8 @@ PINNED: dict[str, dict[str, dict[str, int]]] = {
         "dp": {"all-reduce": 4},
         "fsdp": {"all-gather": 17, "all-reduce": 10, "all-to-all": 2},
         "fsdp_tp": {"all-gather": 19, "all-reduce": 22, "collective-permute": 1, "all-to-all": 2},
-        "ep": {"all-gather": 20, "all-reduce": 21, "all-to-all": 5, "collective-permute": 2},
+        "ep_dropless": {"all-gather": 20, "ragged-all-to-all": 1, "all-reduce": 18, "collective-permute": 2, "all-to-all": 1},
+        "ep": {"all-gather": 20, "all-reduce": 17, "all-to-all": 5, "collective-permute": 2},
         "cp": {"all-gather": 24, "collective-permute": 5, "all-reduce": 13, "all-to-all": 3},
         "pallas": {"all-gather": 10, "all-reduce": 10, "all-to-all": 2},
     },
@@ -157,7 +163,8 @@ PINNED: dict[str, dict[str, dict[str, int]]] = {
         "dp": {"all-reduce": 4},
         "fsdp": {"all-gather": 16, "all-reduce": 10, "all-to-all": 2},
         "fsdp_tp": {"all-gather": 19, "all-reduce": 22, "collective-permute": 1, "all-to-all": 2},
-        "ep": {"all-gather": 19, "all-reduce": 21, "all-to-all": 5, "collective-permute": 2},
+        "ep_dropless": {"all-gather": 19, "ragged-all-to-all": 1, "all-reduce": 18, "collective-permute": 2, "all-to-all": 1},
+        "ep": {"all-gather": 19, "all-reduce": 17, "all-to-all": 5, "collective-permute": 2},
         "cp": {"all-gather": 23, "collective-permute": 5, "all-reduce": 13, "all-to-all": 3},
         "pallas": {"all-gather": 10, "all-reduce": 10, "all-to-all": 2},
     },
