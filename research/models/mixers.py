@@ -26,7 +26,9 @@ from research.config import MixerConfig
 from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
+from research.models.gated_delta import GatedDelta, GatedDeltaMixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
+from research.models.rglru import RgLru, RgLruMixer
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4ChannelMixMixer, Rwkv4TimeMix, Rwkv4TimeMixMixer
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7ChannelMixMixer, Rwkv7TimeMix, Rwkv7TimeMixMixer
 
@@ -83,9 +85,11 @@ class ParallelMixer(nn.Module):
 
 MIXERS: dict[str, Mixer] = {
     "Attention": Mixer(Attention, AttentionMixer),
+    "GatedDelta": Mixer(GatedDelta, GatedDeltaMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
+    "RgLru": Mixer(RgLru, RgLruMixer),
     "Rwkv4ChannelMix": Mixer(Rwkv4ChannelMix, Rwkv4ChannelMixMixer),
     "Rwkv4TimeMix": Mixer(Rwkv4TimeMix, Rwkv4TimeMixMixer),
     "Rwkv7ChannelMix": Mixer(Rwkv7ChannelMix, Rwkv7ChannelMixMixer),

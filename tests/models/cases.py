@@ -4,8 +4,10 @@ import dataclasses
 
 from research.config import MixerConfig
 from research.models.attention import Attention
+from research.models.gated_delta import GatedDelta
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
+from research.models.rglru import RgLru
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
 from tests.spikes.moe import Moe
@@ -55,6 +57,18 @@ CASES: dict[str, dict[str, Case]] = {
         "bias_chunked": Case(Attention(heads=2, bias=True, implementation="chunked")),
         "cross": Case(Attention(heads=4, kv_heads=2, positions="none", cross=True), sideways=False),
     },
+    "GatedDelta": {
+        "chunks_grouped": Case(
+            GatedDelta(heads=4, key_heads=2, key_dim=3, value_dim=5, chunk=4),
+            extra_flops=4 * (4.0 * 4 * 3 + 2.0 * 4 * 5),
+            why=WITHIN_CHUNKS,
+        ),
+        "linear": Case(
+            GatedDelta(heads=2, key_dim=4, conv=2, delta=False),
+            extra_flops=2 * (2.0 * 12 * 4 + 2.0 * 12 * 8),
+            why=WITHIN_CHUNKS,
+        ),
+    },
     "GatedMlp": {
         "silu": Case(GatedMlp(hidden=24), sideways=False),
         "gelu_bias": Case(GatedMlp(hidden=24, activation="gelu", bias=True), sideways=False),
@@ -88,6 +102,7 @@ CASES: dict[str, dict[str, Case]] = {
             why=EVERY_EXPERT,
         ),
     },
+    "RgLru": {"wide": Case(RgLru(heads=4, width=24))},
     "Rwkv4ChannelMix": {"plain": Case(Rwkv4ChannelMix(hidden=24, depth=3))},
     "Rwkv4TimeMix": {"wide": Case(Rwkv4TimeMix(width=24, depth=3))},
     "Rwkv7ChannelMix": {"plain": Case(Rwkv7ChannelMix(hidden=24, depth=3))},
