@@ -14,6 +14,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.convolution import causal_convolution
 from kernels.gated_delta import gated_delta
@@ -75,14 +76,19 @@ def taps(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-size, maxval=size)
 
 
-def _convolve(x_BxLxHxK, taps_WxHxK, positions_BxL, segment_ids_BxL, state_BxPxHxK) -> tuple[jax.Array, jax.Array]:
-    """`causal_convolution` of heads, and silu."""
-    flat = lambda x: x.reshape(*x.shape[:-2], -1)
-    state = None if state_BxPxHxK is None else flat(state_BxPxHxK)
-    y_BxLxC, state = causal_convolution(flat(x_BxLxHxK), flat(taps_WxHxK), positions_BxL=positions_BxL,
-                                        segment_ids_BxL=segment_ids_BxL, state_BxPxC=state)
-    heads = lambda x: x.reshape(*x.shape[:-1], *x_BxLxHxK.shape[2:])
-    return jax.nn.silu(heads(y_BxLxC)), heads(state)
+def _convolve(xs, taps, positions_BxL, segment_ids_BxL, states) -> tuple[list[jax.Array], list[jax.Array]]:
+    """silu of the causal convolutions of several x_BxLxHxK, in one; and the new states, each BxPxHxK."""
+    def joined(arrays) -> jax.Array:
+        return jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in arrays], axis=-1)
+
+    def parted(x: jax.Array) -> list[jax.Array]:
+        parts = jnp.split(x, np.cumsum([x.shape[2] * x.shape[3] for x in xs])[:-1], axis=-1)
+        return [part.reshape(*part.shape[:-1], *x.shape[2:]) for part, x in zip(parts, xs)]
+
+    y_BxLxC, state_BxPxC = causal_convolution(
+        joined(xs), joined(taps), positions_BxL=positions_BxL, segment_ids_BxL=segment_ids_BxL,
+        state_BxPxC=None if states[0] is None else joined(states))
+    return parted(jax.nn.silu(y_BxLxC)), parted(state_BxPxC)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -128,15 +134,13 @@ class GatedDeltaMixer(nn.Module):
         """(y_BxLxHxV, the state's arrays), each device with its own rows and heads."""
         cfg = self.cfg
 
-        def kernel(q, k, v, q_taps, k_taps, v_taps, log_decay, write, positions, segments, q_state, k_state, v_state, s):
-            q, q_state = _convolve(q, q_taps, positions, segments, q_state)
-            k, k_state = _convolve(k, k_taps, positions, segments, k_state)
-            v, v_state = _convolve(v, v_taps, positions, segments, v_state)
+        def kernel(q, k, v, q_taps, k_taps, v_taps, log_decay, write, positions, segments, *states):
+            (q, k, v), inputs = _convolve((q, k, v), (q_taps, k_taps, v_taps), positions, segments, states[:3])
             share = lambda x_BxLxGxK: jnp.repeat(x_BxLxGxK, v.shape[2] // x_BxLxGxK.shape[2], axis=2)
             y, s = gated_delta(
                 share(_unit(q) * cfg.key_dim**-0.5), share(_unit(k)), v, log_decay, write, positions_BxL=positions,
-                segment_ids_BxL=segments, state_BxHxKxV=s, chunk=cfg.chunk, implementation=cfg.implementation)
-            return y, q_state, k_state, v_state, s
+                segment_ids_BxL=segments, state_BxHxKxV=states[3], chunk=cfg.chunk, implementation=cfg.implementation)
+            return y, *inputs, s
 
         rows, heads, keys = ("batch", None), ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
         key_taps, gates, states = (None, "kv_heads", None), ("batch", None, "heads"), list(self.state_axes(cfg).values())

@@ -9,7 +9,7 @@ from research.models.context import one_document
 from research.models.gated_delta import GatedDelta, GatedDeltaMixer
 from research.params import flatten
 from tests.models.cases import CASES, DIM
-from tests.models.harness import apply, make_params, random
+from tests.models.harness import QUICK, apply, make_params, random
 from tests.models.oracles import check_mixer, sigmoid
 
 silu = lambda x: x * sigmoid(x)  # noqa: E731
@@ -78,7 +78,8 @@ def test_transformers_layer():
 
 def test_initial_values_are_published():
     cfg = GatedDelta(heads=64, key_dim=2)
-    init = GatedDeltaMixer(cfg).init({"params": jax.random.key(0)}, jnp.zeros((1, 1, DIM)), one_document(1, 1))
+    make = jax.jit(GatedDeltaMixer(cfg).init, compiler_options=QUICK)
+    init = make({"params": jax.random.key(0)}, jnp.zeros((1, 1, DIM)), one_document(1, 1))
     p = {name: np.asarray(box.value) for name, box in flatten(init["params"]).items()}
     rate, step = np.exp(p["a_log"]), np.log1p(np.exp(p["dt_bias"]))
     assert 0.01 <= rate.min() < 3 and 13 < rate.max() <= 16

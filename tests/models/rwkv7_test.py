@@ -1,14 +1,17 @@
 """RWKV-7's mixers against the authors' equations, one head and one token at a time; its initial values."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.models.context import Context
 from research.models.lm import LanguageModel
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
-from research.params import flatten
+from research.params import flatten, unflatten
 from research.schema import ModelConfig, Norm, Stage
 from tests.models.cases import CASES
+from tests.models.harness import QUICK, Layout, random
 from tests.models.oracles import check_mixer, shifted, sigmoid
 
 
@@ -62,14 +65,44 @@ def test_ranks_are_published(dim, ranks):
     assert tuple(Rwkv7TimeMix().ranks(dim).values()) == ranks
 
 
+LAYERS, MODEL_DIM, WIDTH = 3, 16, 8
+STAGE = Stage((Rwkv7TimeMix(head_dim=WIDTH, depth=LAYERS, chunk=4), Rwkv7ChannelMix(hidden=32, depth=LAYERS)), LAYERS)
+MODEL = LanguageModel(ModelConfig(
+    vocab_size=11, dim=MODEL_DIM, stages=(STAGE,), norm=Norm(kind="layernorm"), embedding_norm=True))  # fmt: skip
+
+
+def test_the_first_value_goes_through_the_model():
+    """Prefill and steps give what one call gives; and v0, which says how much of it is taken, matters but in layer 0."""
+    layout = Layout((((1, 4), (2, 5)), ((1, 9),)))
+    tokens = np.random.default_rng(0).integers(0, 11, size=(2, 9))
+    flat = {path: jnp.asarray(random(*weight.shape, seed=i) / np.sqrt(weight.fan_in))
+            for i, (path, weight) in enumerate(MODEL.weights.items())}  # fmt: skip
+
+    @jax.jit
+    def hidden(params, tokens, positions_BxL, segment_ids_BxL, state):
+        return MODEL.hidden(params, tokens, Context(positions_BxL, segment_ids_BxL), state)[:2]
+
+    def call(flat, state=None, columns=slice(None)):
+        ids = layout.positions_BxL[:, columns], layout.segment_ids_BxL[:, columns]
+        return hidden(unflatten(flat), tokens[:, columns], *ids, state)
+
+    expected, _ = call(flat)
+    outputs, state = [], MODEL.init_state(2, 9)
+    for columns in (slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 9)):
+        y, state = call(flat, state, columns)
+        outputs.append(y)
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, rtol=0, atol=2e-5)
+    for layer in range(LAYERS):
+        path = "decoder/stage_0/rwkv7_time_mix_0/v0"
+        y, _ = call({**flat, path: flat[path].at[layer].add(1.0)})
+        assert (float(jnp.max(jnp.abs(y - expected))) > 1e-3) == (layer > 0), layer
+
+
 def test_initial_values_change_over_the_layers():
-    """From the authors' formulas at a few places; and layer 0 hands its value on to the others."""
-    layers, dim, width = 3, 16, 8
-    stage = Stage((Rwkv7TimeMix(head_dim=width, depth=layers), Rwkv7ChannelMix(hidden=32, depth=layers)), layers)
-    model = LanguageModel(ModelConfig(
-        vocab_size=11, dim=dim, stages=(stage,), norm=Norm(kind="layernorm"), embedding_norm=True))
-    assert "embedding/norm/bias" in model.weights
-    params = flatten(jax.jit(model.init)(jax.random.key(0)))
+    """From the authors' formulas."""
+    layers, dim, width = LAYERS, MODEL_DIM, WIDTH
+    assert "embedding/norm/bias" in MODEL.weights
+    params = flatten(jax.jit(MODEL.init, compiler_options=QUICK)(jax.random.key(0)))
     mix = {path.split("rwkv7_time_mix_0/")[1]: np.asarray(x) for path, x in params.items() if "time_mix_0/" in path}
     i = np.arange(dim)
     zigzag = np.sign(i % width - 3.5) * ((i % width - 3.5) / 3.5) ** 2
