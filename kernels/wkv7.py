@@ -41,17 +41,6 @@ def reference(
     return jnp.moveaxis(y_LxBxHxV, 0, 1), state_BxHxKxV
 
 
-def document_sums(x_NxBxHxCxK: jax.Array, reset_NxBxC: jax.Array) -> jax.Array:
-    """Sums over the tokens of a chunk up to each one, begun anew at a reset: of no bit that was before."""
-
-    def join(first, second):
-        (reset1, sum1), (reset2, sum2) = first, second
-        return reset1 | reset2, jnp.where(reset2, sum2, sum1 + sum2)
-
-    reset_NxBxHxCxK = jnp.broadcast_to(reset_NxBxC[:, :, None, :, None], x_NxBxHxCxK.shape)
-    return jax.lax.associative_scan(join, (reset_NxBxHxCxK, x_NxBxHxCxK), axis=3)[1]
-
-
 def chunked(
     r_BxLxHxK: jax.Array,
     log_decay_BxLxHxK: jax.Array,
@@ -81,12 +70,14 @@ def chunked(
 
     arrays = (r_BxLxHxK, log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxV, key_BxLxHxK, removal_BxLxHxK)
     r, log_decay, k, v, key, removal = (jnp.moveaxis(split(x), 3, 2) for x in arrays)  # NxBxHxCxK
-    reset_NxBxC = split(reset_BxL)
-    documents_NxBx1xC = jnp.cumsum(reset_NxBxC, axis=2)[:, :, None]
+    documents_NxBx1xC = jnp.cumsum(split(reset_BxL), axis=2)[:, :, None]
     same_NxBx1xCxC = documents_NxBx1xC[..., :, None] == documents_NxBx1xC[..., None, :]
     until_NxBx1xCxC = same_NxBx1xCxC & jnp.tril(jnp.ones((C, C), bool))
     before_NxBx1xCxC = same_NxBx1xCxC & jnp.tril(jnp.ones((C, C), bool), -1)
-    total = document_sums(log_decay, reset_NxBxC)
+    # Each document's own sum: as a difference of sums over the row it would hold rounding of its neighbour's decays.
+    total = jnp.einsum(
+        "nbcs,nbhsk->nbhck", until_NxBx1xCxC[:, :, 0].astype(jnp.float32), log_decay, precision=jax.lax.Precision.HIGHEST
+    )
     reaches_NxBx1xCx1 = (documents_NxBx1xC == 0)[..., None]
 
     r_out, key_out = r * jnp.exp(total), key * jnp.exp(total - log_decay)

@@ -30,6 +30,8 @@ from research.models.context import Context
 from research.models.latent_attention import LatentAttention, LatentAttentionMixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 from research.models.moe import Moe, MoeMixer
+from research.models.gated_delta import GatedDelta, GatedDeltaMixer
+from research.models.rglru import RgLru, RgLruMixer
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4ChannelMixMixer, Rwkv4TimeMix, Rwkv4TimeMixMixer
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7ChannelMixMixer, Rwkv7TimeMix, Rwkv7TimeMixMixer
 
@@ -86,11 +88,13 @@ class ParallelMixer(nn.Module):
 
 MIXERS: dict[str, Mixer] = {
     "Attention": Mixer(Attention, AttentionMixer),
+    "GatedDelta": Mixer(GatedDelta, GatedDeltaMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
     "LatentAttention": Mixer(LatentAttention, LatentAttentionMixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Moe": Mixer(Moe, MoeMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
+    "RgLru": Mixer(RgLru, RgLruMixer),
     "Rwkv4ChannelMix": Mixer(Rwkv4ChannelMix, Rwkv4ChannelMixMixer),
     "Rwkv4TimeMix": Mixer(Rwkv4TimeMix, Rwkv4TimeMixMixer),
     "Rwkv7ChannelMix": Mixer(Rwkv7ChannelMix, Rwkv7ChannelMixMixer),

@@ -25,12 +25,12 @@ from research.params import Initializer, constant, orthogonal, param, zeros
 
 FIRST_VALUE = "rwkv7_first_value_BxLxN"
 GROUP_NORM_EPS = 64e-5
-RANKS = {"w": (1.8, 0.5), "a": (1.8, 0.5), "v": (1.3, 0.5), "g": (0.6, 0.8)}  # published: c * D**p, in steps of 32
+RANKS = {"w": (1.8, 0.5), "a": (1.8, 0.5), "v": (1.3, 0.5), "g": (0.6, 0.8)}  # c * D**p, in steps of 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Rwkv7TimeMix(MixerConfig):
-    """`*_rank`: of the low-rank parts, None = as published for the model's width. `depth`: layers of the model, over which
+    """`*_rank`: of the low-rank parts, None = what the authors suggest for the width. `depth`: layers of the model, over which
     the initial values change. `chunk`: tokens whose products are taken at once."""
 
     head_dim: Positive = 64

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.models.harness import Layout
+from tests.models.harness import QUICK, Layout
 
 # Odd lengths, several documents within a chunk of 4, one over many chunks, documents of one token, padding inside a
 # document, at its end, at the row's ends, and a row of nothing else.
@@ -85,7 +85,7 @@ def check(
         return total(jnp.where(cotangent != 0, out, 0.0), after), (out, after)
 
     groups = (problem.tokens, problem.weights, problem.state)
-    gradients, (out, after) = jax.jit(jax.grad(run, has_aux=True))(jax.tree.map(jnp.asarray, groups))
+    gradients, (out, after) = jax.jit(jax.grad(run, has_aux=True), compiler_options=QUICK)(jax.tree.map(jnp.asarray, groups))
     assert_near(np.asarray(out)[valid], y[valid], tolerance, "y")
     for name in state:
         assert_near(after[name], state[name], tolerance, f"state {name}")

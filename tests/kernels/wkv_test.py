@@ -11,7 +11,7 @@ import pytest
 
 from kernels.wkv import IMPLEMENTATIONS, NOTHING, Sums, wkv
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
-from tests.models.harness import Layout
+from tests.models.harness import QUICK, Layout
 
 N = 3
 
@@ -52,6 +52,14 @@ def run(tokens, weights, state, positions_BxL, segment_ids_BxL, implementation=N
     return y, {"mean": after.numerator / after.denominator, "log": jnp.log(after.denominator) + after.exponent}
 
 
+def sums_of(problem: Problem, implementation: str) -> tuple[jax.Array, Sums]:
+    """y and the sums themselves, whose exponents `run` takes away."""
+    ids = dict(positions_BxL=problem.positions_BxL, segment_ids_BxL=problem.layout.segment_ids_BxL)
+    fn = functools.partial(wkv, **ids, implementation=implementation)
+    arrays = (*problem.tokens.values(), *problem.weights.values())
+    return jax.jit(fn, compiler_options=QUICK)(*arrays, state=Sums(**problem.state))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matches_the_oracle(layout, implementation):
@@ -64,11 +72,7 @@ def test_matches_the_oracle(layout, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_alone_changes_no_bit(implementation):
     problem = make(Layout((((0, 5),),) * 2))
-    ids = dict(positions_BxL=problem.positions_BxL, segment_ids_BxL=problem.layout.segment_ids_BxL)
-    _, after = wkv(
-        problem.tokens["k"], problem.tokens["v"], problem.weights["decay"], problem.weights["bonus"], **ids,
-        state=Sums(**problem.state), implementation=implementation,
-    )  # fmt: skip
+    _, after = sums_of(problem, implementation)
     for name, value in after._asdict().items():
         np.testing.assert_array_equal(value, problem.state[name])
 
@@ -85,7 +89,7 @@ def test_huge_keys_stay_finite(implementation, dtype):
         y, _ = run(tokens, problem.weights, state, problem.positions_BxL, problem.layout.segment_ids_BxL, implementation)
         return jnp.sum(y.astype(jnp.float32)), y
 
-    grads, y = jax.jit(jax.grad(loss, has_aux=True))(tokens)
+    grads, y = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(tokens)
     assert all(bool(jnp.all(jnp.isfinite(x.astype(jnp.float32)))) for x in (y, *grads.values())) and y.dtype == dtype
     assert float(jnp.max(jnp.abs(y.astype(jnp.float32)))) <= float(jnp.max(jnp.abs(tokens["v"].astype(jnp.float32))))
 
@@ -100,11 +104,7 @@ def test_transformers_wkv(implementation):
     y, after = theirs.rwkv_linear_attention_cpu(
         *(torch.tensor(x) for x in (log_decay, problem.weights["bonus"], problem.tokens["k"], problem.tokens["v"])), state
     )
-    ids = dict(positions_BxL=problem.positions_BxL, segment_ids_BxL=problem.layout.segment_ids_BxL)
-    got, sums = wkv(
-        problem.tokens["k"], problem.tokens["v"], problem.weights["decay"], problem.weights["bonus"], **ids,
-        state=Sums(**problem.state), implementation=implementation,
-    )  # fmt: skip
+    got, sums = sums_of(problem, implementation)
     np.testing.assert_allclose(got, y.numpy(), rtol=0, atol=1e-5)
     for ours, value in zip(sums, after):
         np.testing.assert_allclose(ours, value.numpy(), rtol=1e-5, atol=1e-5)

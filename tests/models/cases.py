@@ -8,6 +8,8 @@ from research.models.latent_attention import LatentAttention
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
 from research.models.moe import Moe
+from research.models.gated_delta import GatedDelta
+from research.models.rglru import RgLru
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
 from research.models.rope import RopeScaling
@@ -55,6 +57,14 @@ CASES: dict[str, dict[str, Case]] = {
         "bias_chunked": Case(Attention(heads=2, bias=True, implementation="chunked")),
         "cross": Case(Attention(heads=4, kv_heads=2, positions="none", cross=True), sideways=False),
     },
+    "GatedDelta": {
+        "chunks_grouped": Case(
+            GatedDelta(heads=4, key_heads=2, key_dim=3, value_dim=5, chunk=4),
+            extra_flops=4 * (4.0 * 4 * 3 + 2.0 * 4 * 5),
+            why=WITHIN_CHUNKS,
+        ),
+        "linear": Case(GatedDelta(heads=2, key_dim=4, conv=2, delta=False, implementation="reference")),
+    },
     "GatedMlp": {
         "silu": Case(GatedMlp(hidden=24), sideways=False),
         "gelu_bias": Case(GatedMlp(hidden=24, activation="gelu", bias=True), sideways=False),
@@ -99,13 +109,14 @@ CASES: dict[str, dict[str, Case]] = {
             Parallel((LinearRecurrence(width=12), Moe(experts=4, top_k=2, hidden=8, balance_rate=1e-3)))
         ),
     },
+    "RgLru": {"wide": Case(RgLru(heads=4, width=24))},
     "Rwkv4ChannelMix": {"plain": Case(Rwkv4ChannelMix(hidden=24, depth=3))},
     "Rwkv4TimeMix": {"wide": Case(Rwkv4TimeMix(width=24, depth=3))},
     "Rwkv7ChannelMix": {"plain": Case(Rwkv7ChannelMix(hidden=24, depth=3))},
     "Rwkv7TimeMix": {
         "chunks": Case(
             Rwkv7TimeMix(head_dim=8, decay_rank=3, rate_rank=4, value_rank=5, gate_rank=6, depth=3, chunk=4),
-            extra_flops=14.0 * DIM * 4,
+            extra_flops=16.0 * DIM * 4,
             why=WITHIN_CHUNKS,
         )
     },

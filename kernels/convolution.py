@@ -1,0 +1,92 @@
+"""Causal depthwise convolution over packed rows, with a state of the last inputs.
+
+No tap crosses the start of a document, and padding isn't there: the taps of a token are the valid tokens
+before it in its document, wherever padding lies between them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def document_counts(positions_BxL: jax.Array, segment_ids_BxL: jax.Array) -> jax.Array:
+    """documents_BxL, int32: how many documents began in this row up to here (a valid position 0 begins one).
+
+    0 is the document that the state before the row belongs to.
+    """
+    return jnp.cumsum((segment_ids_BxL != 0) & (positions_BxL == 0), axis=1, dtype=jnp.int32)
+
+
+def causal_convolution(
+    x_BxLxC: jax.Array,
+    kernel_WxC: jax.Array,
+    *,
+    positions_BxL: jax.Array,
+    segment_ids_BxL: jax.Array,
+    state_BxPxC: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """y_t = sum over w of kernel[w] * x[t - (W-1) + w], within the document of t; kernel[W-1] is the token's own.
+
+    Args:
+      x_BxLxC: floating. kernel_WxC: floating.
+      positions_BxL: int32; a valid position 0 begins a document.
+      segment_ids_BxL: int32, 0 is padding: it gives 0 and leaves the state unchanged.
+      state_BxPxC: the P = W-1 valid inputs before this row, oldest first, those of other documents 0; None: zeros.
+
+    Returns:
+      (y_BxLxC in x's dtype, summed in float32; the state after the row, in the dtype of the given one, or x's).
+
+    Raises:
+      ValueError: shapes that don't fit.
+
+    With padding between the tokens of a document, the row is closed up first and opened again; the program
+    looks at the segment ids to know, so that a row without pays no gather.
+    """
+    B, L, C = x_BxLxC.shape
+    W = kernel_WxC.shape[0]
+    P = W - 1
+    if state_BxPxC is None:
+        state_BxPxC = jnp.zeros((B, P, C), x_BxLxC.dtype)
+    if kernel_WxC.shape != (W, C) or state_BxPxC.shape != (B, P, C):
+        raise ValueError(
+            f"convolution: x {x_BxLxC.shape}, kernel {kernel_WxC.shape}, state {state_BxPxC.shape} aren't BxLxC, WxC, B x W-1 x C"
+        )
+    if positions_BxL.shape != (B, L) or segment_ids_BxL.shape != (B, L):
+        raise ValueError(
+            f"convolution: positions {positions_BxL.shape}, segment ids {segment_ids_BxL.shape} aren't {(B, L)}"
+        )
+    valid_BxL = segment_ids_BxL != 0
+    documents_BxL = document_counts(positions_BxL, segment_ids_BxL)
+    # The state and the row, one after the other: T = P + L tokens, of which the valid ones count.
+    documents_BxT = jnp.pad(documents_BxL, ((0, 0), (P, 0)))
+    valid_BxT = jnp.pad(valid_BxL, ((0, 0), (P, 0)), constant_values=True)
+    order_BxT = jnp.argsort(~valid_BxT, axis=1, stable=True)  # the valid tokens first, in their order
+    inside_BxL = valid_BxL[:, 1:] & ~valid_BxL[:, :-1] & (documents_BxL[:, 1:] == documents_BxL[:, :-1])
+
+    def shifted(x_BxTxC: jax.Array, documents_BxT: jax.Array, kernel_WxC: jax.Array) -> jax.Array:
+        """Padding counts as a token here: y_BxLxC in float32."""
+        y_BxLxC = jnp.zeros((B, L, C), jnp.float32)
+        for w in range(W):
+            same_BxLx1 = (documents_BxT[:, w : w + L] == documents_BxT[:, P:])[..., None]
+            tap_BxLxC = jnp.where(same_BxLx1, x_BxTxC[:, w : w + L].astype(jnp.float32), 0.0)
+            y_BxLxC += tap_BxLxC * kernel_WxC[w].astype(jnp.float32)
+        return y_BxLxC
+
+    def closed_up(x_BxTxC: jax.Array, documents_BxT: jax.Array, kernel_WxC: jax.Array) -> jax.Array:
+        x_BxTxC = jnp.take_along_axis(x_BxTxC, order_BxT[..., None], axis=1)
+        y_BxLxC = shifted(x_BxTxC, jnp.take_along_axis(documents_BxT, order_BxT, axis=1), kernel_WxC)
+        rank_BxL = jnp.maximum(jnp.cumsum(valid_BxL, axis=1) - 1, 0)
+        return jnp.take_along_axis(y_BxLxC, rank_BxL[..., None], axis=1)
+
+    x_BxTxC = jnp.concatenate([state_BxPxC.astype(x_BxLxC.dtype), x_BxLxC], axis=1)
+    # The backward pass starts from the inputs: else it would keep W taps, of both branches.
+    run = jax.checkpoint(lambda *arrays: jax.lax.cond(jnp.any(inside_BxL), closed_up, shifted, *arrays))
+    y_BxLxC = jnp.where(valid_BxL[..., None], run(x_BxTxC, documents_BxT, kernel_WxC), 0.0)
+
+    last_BxP = jnp.sum(valid_BxL, axis=1, keepdims=True) + jnp.arange(P)
+    last_BxP = jnp.take_along_axis(order_BxT, last_BxP, axis=1)
+    kept_BxP = jnp.take_along_axis(documents_BxT, last_BxP, axis=1) == documents_BxT[:, -1:]
+    last_BxPxC = jnp.take_along_axis(x_BxTxC, last_BxP[..., None], axis=1)
+    new_state_BxPxC = jnp.where(kept_BxP[..., None], last_BxPxC, 0).astype(state_BxPxC.dtype)
+    return y_BxLxC.astype(x_BxLxC.dtype), new_state_BxPxC

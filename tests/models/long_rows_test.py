@@ -1,0 +1,68 @@
+"""What a recurrent mixer is for: long rows, and a state that doesn't grow with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.models import mixers
+from research.models.context import Context
+from research.models.gated_delta import GatedDelta
+from research.models.rglru import RgLru
+from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
+from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
+from tests.models.cases import DIM
+from tests.models.harness import QUICK, apply, declared
+
+# At the default chunk sizes.
+RECURRENT = {
+    "gated delta": GatedDelta(heads=2, key_dim=8),
+    "gated linear": GatedDelta(heads=2, key_dim=8, delta=False),
+    "rglru": RgLru(heads=2),
+    "rwkv4 time mix": Rwkv4TimeMix(),
+    "rwkv4 channel mix": Rwkv4ChannelMix(hidden=32),
+    "rwkv7 time mix": Rwkv7TimeMix(head_dim=8, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4),
+    "rwkv7 channel mix": Rwkv7ChannelMix(hidden=32),
+}
+every_mixer = pytest.mark.parametrize("cfg", RECURRENT.values(), ids=RECURRENT)
+
+
+@every_mixer
+def test_the_state_is_as_large_after_any_length(cfg):
+    sizes = {mixers.state_bytes(cfg, DIM, seq_len, jnp.bfloat16) for seq_len in (1, 4096, 2**20)}
+    assert len(sizes) == 1 and sizes.pop() > 0
+
+
+@every_mixer
+def test_sums_over_a_document_are_float32(cfg):
+    """In a bfloat16 model, too; only what a state keeps of its last inputs is in the model's dtype."""
+    state = mixers.row(cfg).module.init_state(cfg, 1, DIM, 16, jnp.bfloat16)
+    inputs = ("last_BxD", "x_BxPxHxK", "query_BxPxGxK", "key_BxPxGxK", "value_BxPxHxV")
+    for name, array in state.items():
+        assert array.dtype == (jnp.bfloat16 if name in inputs else jnp.float32), name
+
+
+@pytest.mark.slow
+@every_mixer
+def test_8192_tokens_in_bfloat16(cfg):
+    """One document over the whole row, and one of many: values and gradients are finite, of inputs far from 0, too."""
+    L = 8192
+    positions_BxL = jnp.stack([jnp.arange(L), jnp.arange(L) % 321])
+    segment_ids_BxL = jnp.stack([jnp.ones(L, jnp.int32), 1 + jnp.arange(L) // 321])
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda box: jnp.asarray(
+            random.normal(size=box.value.shape) / np.sqrt(box.value.shape[0]),
+            jnp.float32 if box.role == "vector" else jnp.bfloat16),
+        declared(cfg), is_leaf=lambda leaf: hasattr(leaf, "role"),
+    )  # fmt: skip
+    x = jnp.asarray(random.normal(size=(2, L, DIM)) * 4, jnp.bfloat16)
+
+    def loss(params, x):
+        y, _, _ = apply(cfg, params, x, Context(positions_BxL, segment_ids_BxL))
+        return jnp.mean(jnp.square(y.astype(jnp.float32))), y
+
+    grads, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)(params, x)
+    assert y.dtype == jnp.bfloat16
+    for path, leaf in jax.tree_util.tree_leaves_with_path((y, grads)):
+        assert bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))), jax.tree_util.keystr(path)
