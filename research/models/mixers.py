@@ -26,6 +26,7 @@ from research.config import MixerConfig
 from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
+from research.models.mamba import Mamba, MambaMixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 
 
@@ -82,6 +83,7 @@ class ParallelMixer(nn.Module):
 MIXERS: dict[str, Mixer] = {
     "Attention": Mixer(Attention, AttentionMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
+    "Mamba": Mixer(Mamba, MambaMixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
 }

@@ -4,6 +4,7 @@ import dataclasses
 
 from research.config import MixerConfig
 from research.models.attention import Attention
+from research.models.mamba import Mamba
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
 from tests.spikes.moe import Moe
@@ -56,6 +57,12 @@ CASES: dict[str, dict[str, Case]] = {
         "gelu_bias": Case(GatedMlp(hidden=24, activation="gelu", bias=True), sideways=False),
     },
     "LinearRecurrence": {"plain": Case(LinearRecurrence(width=12))},
+    "Mamba": {
+        "plain": Case(Mamba(state=4)),
+        "norms_reference": Case(
+            Mamba(expand=1, state=3, conv=3, dt_rank=2, norms=True, conv_bias=False, implementation="reference")
+        ),
+    },
     "Mlp": {
         "gelu": Case(Mlp(hidden=24), sideways=False),
         "relu_squared_bias": Case(Mlp(hidden=24, activation="relu_squared", bias=True), sideways=False),
