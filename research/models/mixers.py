@@ -27,6 +27,7 @@ from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
 from research.models.mamba import Mamba, MambaMixer
+from research.models.mamba2 import Mamba2, Mamba2Mixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 
 
@@ -84,6 +85,7 @@ MIXERS: dict[str, Mixer] = {
     "Attention": Mixer(Attention, AttentionMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
     "Mamba": Mixer(Mamba, MambaMixer),
+    "Mamba2": Mixer(Mamba2, Mamba2Mixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
 }

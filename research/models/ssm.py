@@ -21,6 +21,11 @@ def log_uniform(low: float, high: float) -> Initializer:
     return uniform(math.log(low), math.log(high))
 
 
+def log_of_uniform(low: float, high: float) -> Initializer:
+    """The logarithm of a number that is uniform in [low, high]."""
+    return lambda key, shape, fan: jnp.log(uniform(low, high)(key, shape, fan))
+
+
 def log_integers(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
     """log(1), ..., log(N) in every row: A = -1, ..., -N (S4D-Real, Gu et al. 2022)."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1, dtype=jnp.float32)), shape)

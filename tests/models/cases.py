@@ -5,6 +5,7 @@ import dataclasses
 from research.config import MixerConfig
 from research.models.attention import Attention
 from research.models.mamba import Mamba
+from research.models.mamba2 import Mamba2
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
 from tests.spikes.moe import Moe
@@ -61,6 +62,13 @@ CASES: dict[str, dict[str, Case]] = {
         "plain": Case(Mamba(state=4)),
         "norms_reference": Case(
             Mamba(expand=1, state=3, conv=3, dt_rank=2, norms=True, conv_bias=False, implementation="reference")
+        ),
+    },
+    "Mamba2": {
+        "chunks": Case(Mamba2(head_dim=4, groups=2, state=3, chunk=4)),
+        "one_chunk_one_group": Case(Mamba2(expand=1, head_dim=4, state=3, conv=3)),
+        "reference": Case(
+            Mamba2(expand=1, head_dim=4, groups=2, state=3, conv_bias=False, norm_groups=1, implementation="reference")
         ),
     },
     "Mlp": {
