@@ -26,9 +26,11 @@ from research.config import MixerConfig
 from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
+from research.models.h3 import H3, H3Mixer
 from research.models.mamba import Mamba, MambaMixer
 from research.models.mamba2 import Mamba2, Mamba2Mixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
+from research.models.s4d import S4d, S4dMixer
 
 
 class Mixer(NamedTuple):
@@ -84,10 +86,12 @@ class ParallelMixer(nn.Module):
 MIXERS: dict[str, Mixer] = {
     "Attention": Mixer(Attention, AttentionMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
+    "H3": Mixer(H3, H3Mixer),
     "Mamba": Mixer(Mamba, MambaMixer),
     "Mamba2": Mixer(Mamba2, Mamba2Mixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
+    "S4d": Mixer(S4d, S4dMixer),
 }
 
 

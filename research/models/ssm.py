@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels.convolution import causal_convolution
 from research import sharding
 from research.models.context import Context
-from research.params import Initializer, param
+from research.params import Initializer, fan_in, param
 
 
 def uniform(low: float, high: float) -> Initializer:
@@ -67,3 +67,12 @@ def short_convolution(
     if bias:
         y_BxLxx += param(module, f"{name}_bias", sizes, axes, uniform(-bound, bound), role="vector").astype(y_BxLxx.dtype)
     return y_BxLxx, None if state_BxPxx is None else new_BxPxx
+
+
+def gated_output(module: nn.Module, y_BxLxI: jax.Array, dim: int) -> jax.Array:
+    """output(y) * sigmoid(output_gate(y)): the projection of S4 and S4D."""
+    value_IxD, gate_IxD = (
+        param(module, name, (y_BxLxI.shape[-1], dim), ("mlp", "embed"), fan_in(), inputs=("mlp",))
+        for name in ("output", "output_gate"))
+    gate_BxLxD = nn.sigmoid(jnp.einsum("bli,id->bld", y_BxLxI, gate_IxD))
+    return jnp.einsum("bli,id->bld", y_BxLxI, value_IxD) * gate_BxLxD

@@ -4,10 +4,12 @@ import dataclasses
 
 from research.config import MixerConfig
 from research.models.attention import Attention
+from research.models.h3 import H3
 from research.models.mamba import Mamba
 from research.models.mamba2 import Mamba2
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
+from research.models.s4d import S4d
 from tests.spikes.moe import Moe
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
@@ -57,6 +59,7 @@ CASES: dict[str, dict[str, Case]] = {
         "silu": Case(GatedMlp(hidden=24), sideways=False),
         "gelu_bias": Case(GatedMlp(hidden=24, activation="gelu", bias=True), sideways=False),
     },
+    "H3": {"heads_of_2": Case(H3(head_dim=2, shift=3, state=4))},
     "LinearRecurrence": {"plain": Case(LinearRecurrence(width=12))},
     "Mamba": {
         "plain": Case(Mamba(state=4)),
@@ -98,6 +101,10 @@ CASES: dict[str, dict[str, Case]] = {
             extra_flops=MOE_EXTRA,
             why=EVERY_EXPERT,
         ),
+    },
+    "S4d": {
+        "lin": Case(S4d(state=4)),
+        "real_bilinear": Case(S4d(state=3, init="real", discretization="bilinear", implementation="chunked")),
     },
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},
 }
