@@ -34,6 +34,10 @@ from research.models.gated_delta import GatedDelta, GatedDeltaMixer
 from research.models.rglru import RgLru, RgLruMixer
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4ChannelMixMixer, Rwkv4TimeMix, Rwkv4TimeMixMixer
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7ChannelMixMixer, Rwkv7TimeMix, Rwkv7TimeMixMixer
+from research.models.h3 import H3, H3Mixer
+from research.models.mamba import Mamba, MambaMixer
+from research.models.mamba2 import Mamba2, Mamba2Mixer
+from research.models.s4d import S4d, S4dMixer
 
 
 class Mixer(NamedTuple):
@@ -91,6 +95,9 @@ MIXERS: dict[str, Mixer] = {
     "GatedDelta": Mixer(GatedDelta, GatedDeltaMixer),
     "GatedMlp": Mixer(GatedMlp, GatedMlpMixer),
     "LatentAttention": Mixer(LatentAttention, LatentAttentionMixer),
+    "H3": Mixer(H3, H3Mixer),
+    "Mamba": Mixer(Mamba, MambaMixer),
+    "Mamba2": Mixer(Mamba2, Mamba2Mixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Moe": Mixer(Moe, MoeMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
@@ -99,6 +106,7 @@ MIXERS: dict[str, Mixer] = {
     "Rwkv4TimeMix": Mixer(Rwkv4TimeMix, Rwkv4TimeMixMixer),
     "Rwkv7ChannelMix": Mixer(Rwkv7ChannelMix, Rwkv7ChannelMixMixer),
     "Rwkv7TimeMix": Mixer(Rwkv7TimeMix, Rwkv7TimeMixMixer),
+    "S4d": Mixer(S4d, S4dMixer),
 }
 
 

@@ -13,6 +13,10 @@ from research.models.rglru import RgLru
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
 from research.models.rope import RopeScaling
+from research.models.h3 import H3
+from research.models.mamba import Mamba
+from research.models.mamba2 import Mamba2
+from research.models.s4d import S4d
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
 from tests.spikes.value_residual import ValueResidual
@@ -78,7 +82,21 @@ CASES: dict[str, dict[str, Case]] = {
             )
         ),
     },
+    "H3": {"heads_of_2": Case(H3(head_dim=2, shift=3, state=4))},
     "LinearRecurrence": {"plain": Case(LinearRecurrence(width=12))},
+    "Mamba": {
+        "plain": Case(Mamba(state=4)),
+        "norms_reference": Case(
+            Mamba(expand=1, state=3, conv=3, dt_rank=2, norms=True, conv_bias=False, implementation="reference")
+        ),
+    },
+    "Mamba2": {
+        "chunks": Case(Mamba2(head_dim=4, groups=2, state=3, chunk=4)),
+        "one_chunk_one_group": Case(Mamba2(expand=1, head_dim=4, state=3, conv=3)),
+        "reference": Case(
+            Mamba2(expand=1, head_dim=4, groups=2, state=3, conv_bias=False, norm_groups=1, implementation="reference")
+        ),
+    },
     "Mlp": {
         "gelu": Case(Mlp(hidden=24), sideways=False),
         "relu_squared_bias": Case(Mlp(hidden=24, activation="relu_squared", bias=True), sideways=False),
@@ -119,6 +137,9 @@ CASES: dict[str, dict[str, Case]] = {
             extra_flops=16.0 * DIM * 4,
             why=WITHIN_CHUNKS,
         )
+    "S4d": {
+        "lin": Case(S4d(state=4)),
+        "real_bilinear": Case(S4d(state=3, init="real", discretization="bilinear", implementation="chunked")),
     },
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},
 }

@@ -1,0 +1,145 @@
+"""The selective scan of Mamba (S6): a diagonal state space whose step size, input and output depend on the token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64  # tokens whose (B, I, N) states are alive at one time in `chunked`
+
+
+def reference(
+    x_BxLxI: jax.Array,
+    dt_BxLxI: jax.Array,
+    a_IxN: jax.Array,
+    b_BxLxN: jax.Array,
+    c_BxLxN: jax.Array,
+    first_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    h_BxIxN: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The definition, token after token."""
+
+    def step(h_BxIxN, token):
+        x_BxI, dt_BxI, b_BxN, c_BxN, first_B, valid_B = token
+        decay_BxIxN, input_BxIxN = _terms(x_BxI, dt_BxI, a_IxN, b_BxN, first_B, valid_B)
+        h_BxIxN = decay_BxIxN * h_BxIxN + input_BxIxN
+        return h_BxIxN, jnp.einsum("bin,bn->bi", h_BxIxN, c_BxN.astype(jnp.float32))
+
+    tokens = (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, valid_BxL)
+    h_BxIxN, y_LxBxI = jax.lax.scan(step, h_BxIxN, tuple(jnp.moveaxis(x, 1, 0) for x in tokens))
+    return jnp.moveaxis(y_LxBxI, 0, 1), h_BxIxN
+
+
+def chunked(
+    x_BxLxI: jax.Array,
+    dt_BxLxI: jax.Array,
+    a_IxN: jax.Array,
+    b_BxLxN: jax.Array,
+    c_BxLxN: jax.Array,
+    first_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    h_BxIxN: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`reference` by an associative scan within each chunk of CHUNK tokens, chunk after chunk.
+
+    The backward pass keeps the inputs and one state a chunk, and makes a chunk's states again.
+    """
+    B, L, I = x_BxLxI.shape
+    Q = min(CHUNK, L)
+
+    @jax.checkpoint
+    def chunk(h_BxIxN, tokens):
+        x_BxQxI, dt_BxQxI, b_BxQxN, c_BxQxN, first_BxQ, valid_BxQ = tokens
+        decay, inputs = _terms(x_BxQxI, dt_BxQxI, a_IxN, b_BxQxN, first_BxQ, valid_BxQ)
+        inputs = inputs.at[:, 0].add(decay[:, 0] * h_BxIxN)
+        _, h_BxQxIxN = jax.lax.associative_scan(then, (decay, inputs), axis=1)
+        return h_BxQxIxN[:, -1], jnp.einsum("bqin,bqn->bqi", h_BxQxIxN, c_BxQxN.astype(jnp.float32))
+
+    tokens = (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, valid_BxL)
+    h_BxIxN, y_MxBxQxI = jax.lax.scan(chunk, h_BxIxN, tuple(split(x, Q) for x in tokens))
+    return join(y_MxBxQxI, L), h_BxIxN
+
+
+def _terms(x_BxxI, dt_BxxI, a_IxN, b_BxxN, first_Bxx, valid_Bxx) -> tuple[jax.Array, jax.Array]:
+    """(decay, input), (B, ..., I, N) in float32: h = decay * h + input; padding keeps h, a first token drops it."""
+    dt_BxxIx1 = dt_BxxI.astype(jnp.float32)[..., None]
+    first, valid = first_Bxx[..., None, None], valid_Bxx[..., None, None]
+    decay = jnp.where(valid, jnp.where(first, 0.0, jnp.exp(dt_BxxIx1 * a_IxN)), 1.0)
+    x_BxxIx1, b_Bxx1xN = x_BxxI.astype(jnp.float32)[..., None], b_BxxN.astype(jnp.float32)[..., None, :]
+    return decay, jnp.where(valid, dt_BxxIx1 * x_BxxIx1 * b_Bxx1xN, 0.0)
+
+
+def then(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """h -> a2 * (a1 * h + b1) + b2, for an associative scan."""
+    (a1, b1), (a2, b2) = first, second
+    return a1 * a2, a2 * b1 + b2
+
+
+def split(x_BxLx: jax.Array, Q: int) -> jax.Array:
+    """M chunks of Q tokens, in front: x_MxBxQx; the last one is filled up with zeros (not valid, not first)."""
+    x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -x_BxLx.shape[1] % Q)] + [(0, 0)] * (x_BxLx.ndim - 2))
+    return jnp.moveaxis(x_BxLx.reshape(x_BxLx.shape[0], -1, Q, *x_BxLx.shape[2:]), 1, 0)
+
+
+def join(x_MxBxQx: jax.Array, L: int) -> jax.Array:
+    """The inverse of `split`."""
+    x_BxMxQx = jnp.moveaxis(x_MxBxQx, 0, 1)
+    return x_BxMxQx.reshape(x_BxMxQx.shape[0], -1, *x_BxMxQx.shape[3:])[:, :L]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "reference": reference,
+    "chunked": chunked,
+}
+
+
+def selective_scan(
+    x_BxLxI: jax.Array,
+    dt_BxLxI: jax.Array,
+    a_IxN: jax.Array,
+    b_BxLxN: jax.Array,
+    c_BxLxN: jax.Array,
+    *,
+    positions_BxL: jax.Array,
+    segment_ids_BxL: jax.Array,
+    state_BxIxN: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """h_t = exp(dt_t * a) * h_{t-1} + dt_t * b_t * x_t;  y_t = sum over n of c_t * h_t.
+
+    Args:
+      x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN: floating; dt is positive, after its softplus. a_IxN: float32, negative.
+      positions_BxL: int32; a valid position 0 begins a document: nothing of the state before is left.
+      segment_ids_BxL: int32, 0 is padding: it leaves the state unchanged, and its y means nothing.
+      state_BxIxN: float32, before the row; None: zeros.
+      implementation: a key of IMPLEMENTATIONS; None chooses by shape.
+
+    Returns:
+      (y_BxLxI in x's dtype, state_BxIxN after the row, float32). The recurrence is float32 throughout.
+
+    Raises:
+      ValueError: an unknown implementation, or shapes that don't fit.
+
+    Source: Gu and Dao 2023 (Mamba), algorithm 2, with the input discretised by Euler as in their code.
+    """
+    (B, L, I), N = x_BxLxI.shape, a_IxN.shape[-1]
+    expected = {"dt": (dt_BxLxI, (B, L, I)), "a": (a_IxN, (I, N)), "b": (b_BxLxN, (B, L, N)), "c": (c_BxLxN, (B, L, N)),
+                "positions": (positions_BxL, (B, L)), "segment ids": (segment_ids_BxL, (B, L)),
+                "state": (state_BxIxN, (B, I, N))}  # fmt: skip
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"selective_scan: {name} has shape {array.shape}, not {shape}")
+    if implementation is None:
+        implementation = "reference" if L == 1 else "chunked"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"selective_scan: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    valid_BxL = segment_ids_BxL != 0
+    if state_BxIxN is None:
+        state_BxIxN = jnp.zeros((B, I, N), jnp.float32)
+    y_BxLxI, state_BxIxN = IMPLEMENTATIONS[implementation](
+        x_BxLxI, dt_BxLxI, a_IxN.astype(jnp.float32), b_BxLxN, c_BxLxN, valid_BxL & (positions_BxL == 0), valid_BxL,
+        state_BxIxN.astype(jnp.float32))  # fmt: skip
+    return y_BxLxI.astype(x_BxLxI.dtype), state_BxIxN

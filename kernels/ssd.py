@@ -1,0 +1,162 @@
+"""State-space duality (Mamba-2): a scan whose decay is one number a head, as matrix products over chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels.convolution import document_counts
+from kernels.selective_scan import join, split, then
+
+
+def reference(
+    x_BxLxGxRxK: jax.Array,
+    dt_BxLxGxR: jax.Array,
+    a_GxR: jax.Array,
+    b_BxLxGxN: jax.Array,
+    c_BxLxGxN: jax.Array,
+    documents_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    h_BxGxRxKxN: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The definition, token after token. R heads share a group's b and c."""
+
+    def step(carry, token):
+        h_BxGxRxKxN, before_B = carry
+        x_BxGxRxK, dt_BxGxR, b_BxGxN, c_BxGxN, document_B, valid_B = token
+        dt_BxGxR = jnp.where(valid_B[:, None, None], dt_BxGxR, 0.0)
+        decay_BxGxR = jnp.where((document_B == before_B)[:, None, None], jnp.exp(dt_BxGxR * a_GxR), 0.0)
+        u_BxGxRxK = jnp.where(valid_B[:, None, None, None], dt_BxGxR[..., None] * x_BxGxRxK.astype(jnp.float32), 0.0)
+        input_BxGxRxKxN = u_BxGxRxK[..., None] * b_BxGxN.astype(jnp.float32)[:, :, None, None]
+        h_BxGxRxKxN = decay_BxGxR[..., None, None] * h_BxGxRxKxN + input_BxGxRxKxN
+        y_BxGxRxK = jnp.einsum("bgrkn,bgn->bgrk", h_BxGxRxKxN, c_BxGxN.astype(jnp.float32))
+        return (h_BxGxRxKxN, document_B), y_BxGxRxK
+
+    tokens = (x_BxLxGxRxK, dt_BxLxGxR, b_BxLxGxN, c_BxLxGxN, documents_BxL, valid_BxL)
+    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in tokens)
+    (h_BxGxRxKxN, _), y = jax.lax.scan(step, (h_BxGxRxKxN, jnp.zeros_like(documents_BxL[:, 0])), tokens)
+    return jnp.moveaxis(y, 0, 1), h_BxGxRxKxN
+
+
+def chunked(
+    x_BxLxGxRxK: jax.Array,
+    dt_BxLxGxR: jax.Array,
+    a_GxR: jax.Array,
+    b_BxLxGxN: jax.Array,
+    c_BxLxGxN: jax.Array,
+    documents_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    h_BxGxRxKxN: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`reference`, `chunk` tokens at a time: masked attention within a chunk, one state between two.
+
+    Matrix products take their operands in x's dtype and sum in float32; decays and the carried state are float32. The
+    backward pass keeps the inputs and one state a chunk.
+    """
+    L, dtype = x_BxLxGxRxK.shape[1], x_BxLxGxRxK.dtype
+    Q = min(chunk, L)
+
+    def product(spec: str, *operands: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, *(x.astype(dtype) for x in operands), preferred_element_type=jnp.float32)
+
+    @jax.checkpoint
+    def one(carry, tokens):
+        h_BxGxRxKxN, before_B = carry
+        x, dt_BxQxGxR, b_BxQxGxN, c_BxQxGxN, documents_BxQ, valid_BxQ = tokens
+        dt_BxQxGxR = jnp.where(valid_BxQ[..., None, None], dt_BxQxGxR, 0.0)
+        u_BxQxGxRxK = jnp.where(valid_BxQ[..., None, None, None], dt_BxQxGxR[..., None] * x.astype(jnp.float32), 0.0)
+        # The logarithm of the decay since the chunk's or the document's beginning: the sum starts anew with each
+        # document, so that what its neighbours hold doesn't even change the rounding.
+        ago_BxQ = jnp.concatenate([before_B[:, None], documents_BxQ[:, :-1]], axis=1)
+        keep_BxQ = (documents_BxQ == ago_BxQ).astype(jnp.float32)[..., None, None]
+        keep_BxQxGxR = jnp.broadcast_to(keep_BxQ, dt_BxQxGxR.shape)
+        _, log_BxQxGxR = jax.lax.associative_scan(then, (keep_BxQxGxR, dt_BxQxGxR * a_GxR), axis=1)
+
+        # Within the chunk: token l reads s <= l of its document.
+        log_BxGxRxQ = jnp.moveaxis(log_BxQxGxR, 1, -1)
+        seen_BxLxS = (documents_BxQ[:, :, None] == documents_BxQ[:, None, :]) & jnp.tri(Q, dtype=bool)
+        between_BxGxRxLxS = log_BxGxRxQ[..., :, None] - log_BxGxRxQ[..., None, :]
+        decay_BxGxRxLxS = jnp.exp(jnp.where(seen_BxLxS[:, None, None], between_BxGxRxLxS, -jnp.inf))
+        scores_BxGxLxS = product("blgn,bsgn->bgls", c_BxQxGxN, b_BxQxGxN)
+        y = product("bgrls,bsgrk->blgrk", scores_BxGxLxS[:, :, None] * decay_BxGxRxLxS, u_BxQxGxRxK)
+
+        # From before the chunk, and on to what follows it.
+        old_BxQ = (documents_BxQ == before_B[:, None])[..., None, None]
+        since_BxQxGxR = jnp.where(old_BxQ, jnp.exp(jnp.where(old_BxQ, log_BxQxGxR, 0.0)), 0.0)
+        y += since_BxQxGxR[..., None] * product("blgn,bgrkn->blgrk", c_BxQxGxN, h_BxGxRxKxN)
+        until_BxQxGxR = jnp.moveaxis(decay_BxGxRxLxS[..., -1, :], -1, 1)
+        new = product("bsgrk,bsgn->bgrkn", until_BxQxGxR[..., None] * u_BxQxGxRxK, b_BxQxGxN)
+        h_BxGxRxKxN = since_BxQxGxR[:, -1, ..., None, None] * h_BxGxRxKxN + new
+        return (h_BxGxRxKxN, documents_BxQ[:, -1]), y
+
+    # What fills the last chunk up belongs to the last document: it isn't valid, and begins nothing.
+    documents_BxL = jnp.pad(documents_BxL, ((0, 0), (0, -L % Q)), mode="edge")
+    tokens = (x_BxLxGxRxK, dt_BxLxGxR, b_BxLxGxN, c_BxLxGxN, documents_BxL, valid_BxL)
+    first = (h_BxGxRxKxN, jnp.zeros_like(documents_BxL[:, 0]))
+    (h_BxGxRxKxN, _), y = jax.lax.scan(one, first, tuple(split(x, Q) for x in tokens))
+    return join(y, L), h_BxGxRxKxN
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "reference": reference,
+    "chunked": chunked,
+}
+
+
+def ssd(
+    x_BxLxHxK: jax.Array,
+    dt_BxLxH: jax.Array,
+    a_H: jax.Array,
+    b_BxLxGxN: jax.Array,
+    c_BxLxGxN: jax.Array,
+    *,
+    positions_BxL: jax.Array,
+    segment_ids_BxL: jax.Array,
+    state_BxHxKxN: jax.Array | None = None,
+    chunk: int = 256,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """h_t = exp(dt_t * a) * h_{t-1} + dt_t * x_t (outer) b_t;  y_t = h_t c_t, in each head.
+
+    Args:
+      x_BxLxHxK, b_BxLxGxN, c_BxLxGxN: floating; H is a multiple of G, and head h reads group h // (H/G).
+      dt_BxLxH: positive, after its softplus. a_H: float32, negative.
+      positions_BxL: int32; a valid position 0 begins a document: nothing of the state before is left.
+      segment_ids_BxL: int32, 0 is padding: it leaves the state unchanged, and its y means nothing.
+      state_BxHxKxN: float32, before the row; None: zeros.
+      chunk: tokens in a chunk of the matrix form.
+      implementation: a key of IMPLEMENTATIONS; None chooses by shape.
+
+    Returns:
+      (y_BxLxHxK in x's dtype, state_BxHxKxN after the row, float32).
+
+    Raises:
+      ValueError: an unknown implementation, or shapes that don't fit.
+
+    Source: Dao and Gu 2024 (Mamba-2), sections 6 and listing 1.
+    """
+    (B, L, H, K), (G, N) = x_BxLxHxK.shape, b_BxLxGxN.shape[2:]
+    if G == 0 or H % G or chunk < 1:
+        raise ValueError(f"ssd: {H} heads aren't a multiple of {G} groups, or chunk {chunk} is below 1")
+    expected = {"dt": (dt_BxLxH, (B, L, H)), "a": (a_H, (H,)), "b": (b_BxLxGxN, (B, L, G, N)),
+                "c": (c_BxLxGxN, (B, L, G, N)), "positions": (positions_BxL, (B, L)),
+                "segment ids": (segment_ids_BxL, (B, L)), "state": (state_BxHxKxN, (B, H, K, N))}  # fmt: skip
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"ssd: {name} has shape {array.shape}, not {shape}")
+    if implementation is None:
+        implementation = "reference" if L == 1 else "chunked"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"ssd: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if state_BxHxKxN is None:
+        state_BxHxKxN = jnp.zeros((B, H, K, N), jnp.float32)
+    R = H // G
+    y_BxLxGxRxK, h_BxGxRxKxN = IMPLEMENTATIONS[implementation](
+        x_BxLxHxK.reshape(B, L, G, R, K), dt_BxLxH.astype(jnp.float32).reshape(B, L, G, R),
+        a_H.astype(jnp.float32).reshape(G, R), b_BxLxGxN, c_BxLxGxN, document_counts(positions_BxL, segment_ids_BxL),
+        segment_ids_BxL != 0, state_BxHxKxN.astype(jnp.float32).reshape(B, G, R, K, N), chunk)  # fmt: skip
+    return y_BxLxGxRxK.reshape(B, L, H, K).astype(x_BxLxHxK.dtype), h_BxGxRxKxN.reshape(B, H, K, N)
