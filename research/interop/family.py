@@ -41,6 +41,13 @@ class Family:
                 found[name] = _typed(name, config[name], self.known[name])
         return found
 
+    def model(self, config: Mapping[str, Any]) -> ModelConfig:
+        """Our model of a config.json. Raises InputError, also where its settings don't fit together."""
+        try:
+            return self.read(self.settings(config))
+        except InputError as error:
+            raise error if error.field.startswith("config.json") else error.within("config.json") from None
+
 
 def _typed(name: str, value: Any, default: Any) -> Any:
     kinds = (int, float) if isinstance(default, float) else type(default)

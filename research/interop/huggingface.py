@@ -33,7 +33,7 @@ from research.schema import CONFIG_FILE, TOKENIZER, Config, DataConfig, ModelCon
 from research.training.workdir import is_remote, read_config, write_config
 
 # Settings of ours that don't change the function, or only its training; theirs have no place for them.
-TRAINING_ONLY = ("implementation", "balance_loss", "z_loss", "depth", "chunk")
+TRAINING_ONLY = ("implementation", "balance_loss", "z_loss", "depth", "chunk", "dt_min", "dt_max", "dt_floor")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -52,7 +52,7 @@ def import_model(source: str, workdir: str, dtype: str | None = None) -> dict[st
         raise InputError("--input", f"there is no directory {source}", "name a downloaded model")
     config = read_json(directory, CONFIG_FILE)
     family = _family_named(config)
-    model = family.read(family.settings(config))
+    model = family.model(config)
     files = TensorFiles.open(directory)
     theirs = tensor_map(LanguageModel(model), family.rows, family.per_layer)
     names = _match(family, theirs, files, model.tie_embeddings)
@@ -211,7 +211,7 @@ def _family_of(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
         settings = family.write(model)
         if settings is None or any(len(stage.pattern) % family.per_layer for stage in model.stages):
             continue
-        back = family.read(family.settings(settings))
+        back = family.model(settings)
         differing = difference(_plain(model), _plain(back))
         if not differing:
             return family, settings

@@ -36,7 +36,7 @@ LAYOUTS = {
     "linear": Layout(lambda shape, inputs: _matrix(shape, inputs)[::-1], transposed=True),  # torch's nn.Linear
     "conv1d": Layout(_matrix, axis=1),  # GPT-2's name for a matrix with inputs first
     "row": Layout(lambda shape, inputs: (1, 1, math.prod(shape)), axis=2),
-    "depthwise": Layout(lambda shape, inputs: (shape[1], 1, shape[0]), transposed=True),  # ours: (taps, channels)
+    "depthwise": Layout(lambda shape, inputs: (math.prod(shape[1:]), 1, shape[0]), transposed=True),  # ours: taps first
 }
 
 

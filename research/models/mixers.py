@@ -27,16 +27,16 @@ from research.config import MixerConfig
 from research.errors import InputError
 from research.models.attention import Attention, AttentionMixer
 from research.models.context import Context
+from research.models.gated_delta import GatedDelta, GatedDeltaMixer
+from research.models.h3 import H3, H3Mixer
 from research.models.latent_attention import LatentAttention, LatentAttentionMixer
+from research.models.mamba import Mamba, MambaMixer
+from research.models.mamba2 import Mamba2, Mamba2Mixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
 from research.models.moe import Moe, MoeMixer
-from research.models.gated_delta import GatedDelta, GatedDeltaMixer
 from research.models.rglru import RgLru, RgLruMixer
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4ChannelMixMixer, Rwkv4TimeMix, Rwkv4TimeMixMixer
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7ChannelMixMixer, Rwkv7TimeMix, Rwkv7TimeMixMixer
-from research.models.h3 import H3, H3Mixer
-from research.models.mamba import Mamba, MambaMixer
-from research.models.mamba2 import Mamba2, Mamba2Mixer
 from research.models.s4d import S4d, S4dMixer
 
 

@@ -86,4 +86,4 @@ def test_config_json_goes_around(converted):
         theirs, _, back = converted(name)
         configs = [json.loads((path / "config.json").read_text()) for path in (theirs, back)]
         family = FAMILIES[configs[0]["model_type"]]
-        assert family.read(family.settings(configs[0])) == family.read(family.settings(configs[1])), name
+        assert family.model(configs[0]) == family.model(configs[1]), name

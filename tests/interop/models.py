@@ -29,6 +29,16 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=4)),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA | dict(head_dim=16, rms_norm_eps=1e-5)),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", _LLAMA | dict(num_local_experts=4, sliding_window=7)),
+    "mamba": ("MambaConfig", "MambaForCausalLM",
+              dict(vocab_size=VOCAB, hidden_size=32, state_size=4, num_hidden_layers=3)),
+    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM",
+               dict(vocab_size=VOCAB, hidden_size=32, state_size=6, num_hidden_layers=3, num_heads=8, head_dim=8, n_groups=2,
+                    chunk_size=4)),
+    "jamba": ("JambaConfig", "JambaForCausalLM",
+              _LLAMA | dict(num_hidden_layers=5, num_experts=4, attn_layer_period=4, attn_layer_offset=2, mamba_d_state=4)),
+    "rwkv": ("RwkvConfig", "RwkvForCausalLM",
+             dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, attention_hidden_size=40, intermediate_size=48,
+                  context_length=64)),
 }
 
 

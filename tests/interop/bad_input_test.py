@@ -1,0 +1,166 @@
+"""What isn't a model, or not the one it says it is, is refused in one line, and leaves nothing behind."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import PRESETS
+from research.errors import InputError
+from research.interop import safetensors_files
+from research.interop.huggingface import _family_of, export_model, import_model
+from research.interop.llama import LLAMA
+from research.interop.tensor_map import tensor_map
+from research.models.lm import LanguageModel
+
+SETTINGS = {"model_type": "llama", "vocab_size": 13, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+
+
+def tensors() -> dict[str, np.ndarray]:
+    theirs = tensor_map(LanguageModel(LLAMA.model(SETTINGS)), LLAMA.rows, LLAMA.per_layer)
+    random = np.random.default_rng(0)
+    return {name: random.normal(size=t.shape).astype(np.float32) for name, t in theirs.items()}
+
+
+def save(directory: pathlib.Path, values: dict[str, np.ndarray], shard_bytes: int = 10**9, **settings) -> pathlib.Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(SETTINGS | settings))
+    shapes = {name: (value.dtype, value.shape) for name, value in values.items()}
+    assert list(safetensors_files.write(directory, shapes, values.__getitem__, shard_bytes)) == list(values)
+    return directory
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save(tmp_path / "model", tensors())
+
+
+def refused(model: pathlib.Path, *words: str) -> None:
+    run = model.parent / "run"
+    with pytest.raises(InputError) as error:
+        import_model(str(model), str(run))
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value) and not run.exists()
+
+
+def test_shards_are_one_model(tmp_path):
+    """Many files and an index give what one file gives; the package safetensors reads the same from them."""
+    library = pytest.importorskip("safetensors.numpy")
+    one, many = save(tmp_path / "one", tensors()), save(tmp_path / "many", tensors(), shard_bytes=1000)
+    files = sorted(many.glob("*.safetensors"))
+    assert len(files) > 3
+    read = {name: value for file in files for name, value in library.load_file(file).items()}
+    found = [safetensors_files.TensorFiles.open(directory) for directory in (one, many)]
+    assert set(read) == set(found[0].entries) == set(found[1].entries)
+    for name, value in read.items():
+        np.testing.assert_array_equal(value, found[0].read(name))
+        np.testing.assert_array_equal(value, found[1].read(name))
+
+
+def test_unknown_family(tmp_path):
+    refused(save(tmp_path / "a", tensors(), model_type="llana"), "llana", "did you mean llama", "mixtral")
+    refused(save(tmp_path / "b", tensors(), model_type="bert"), "bert", "known:", "gpt2")
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"hidden_act": "mish"}, ("hidden_act", "mish")),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ("rope_type", "dynamic")),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ("rope_scaling", "original_len")),
+    ({"num_attention_heads": 0}, ("num_attention_heads", "below 1")),
+    ({"hidden_size": "8"}, ("hidden_size", "'8'")),
+    ({"num_attention_heads": 3}, ("config.json", "heads")),
+])
+def test_settings_that_cant_be(tmp_path, settings, words):
+    refused(save(tmp_path / "model", tensors(), **settings), *words)
+
+
+def test_missing_extra_and_misshapen_tensors(tmp_path):
+    values = tensors()
+    gone = "model.layers.1.mlp.up_proj.weight"
+    refused(save(tmp_path / "a", {name: x for name, x in values.items() if name != gone}), "misses", gone)
+    refused(save(tmp_path / "b", values | {"model.layers.2.mlp.up_proj.weight": values[gone]}), "also has", "layers.2.mlp.up")
+    refused(save(tmp_path / "c", values | {gone: values[gone].T.copy()}), gone, "[8, 12]", "[12, 8]")
+    refused(save(tmp_path / "d", values | {gone: values[gone].astype(np.float16)}, tie_word_embeddings=True), "lm_head.weight",
+            "isn't the embedding")
+
+
+def test_cut_and_broken_files(model):
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-1], whole[:200], whole[:5], b"", whole + b"\0", b"\xff" * 8 + whole[8:],
+                   whole.replace(b'"F32"', b'"F16"', 1)):
+        file.write_bytes(broken)
+        refused(model, "model.safetensors")
+    file.write_bytes(whole.replace(b'"F32"', b'"I32"', 1))
+    refused(model, "is I32")
+
+
+def test_pickles(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refused(model, "pytorch_model.bin", "pickle")
+    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(model, "pytorch_model.bin", "pickle")
+
+
+@pytest.mark.parametrize("path", ["../other/model.safetensors", "/etc/hostname", "link.safetensors"])
+def test_paths_that_leave_the_directory(model, path):
+    other = save(model.parent / "other", tensors())
+    os.symlink(other / "model.safetensors", model / "link.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors(), path)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(model, path, "leads out of")
+
+
+def test_a_hub_cache_s_links_are_followed(tmp_path):
+    """snapshots/REVISION holds links into blobs/, beside it: how every downloaded model lies on disk."""
+    files = save(tmp_path / "files", tensors())
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    for file in files.iterdir():
+        blob = tmp_path / "models--a--b" / "blobs" / file.name.replace(".", "")
+        file.rename(blob)
+        os.symlink(f"../../blobs/{blob.name}", snapshot / file.name)
+    assert import_model(str(snapshot), str(tmp_path / "run"))["family"] == "llama"
+
+
+def test_outputs_are_never_overwritten(model):
+    run = model.parent / "run"
+    import_model(str(model), str(run))
+    with pytest.raises(InputError, match="is there already"):
+        import_model(str(model), str(run))
+    with pytest.raises(InputError, match="is there already"):
+        export_model(str(run), str(model))
+
+
+def test_a_damaged_checkpoint_isn_t_exported(model):
+    run, back = model.parent / "run", model.parent / "back"
+    import_model(str(model), str(run))
+    meta = run / "checkpoints" / "0" / "meta" / "metadata"
+    told = json.loads(meta.read_text())
+    told["checksums"]["params/decoder/final_norm/gain"] ^= 1
+    meta.write_text(json.dumps(told))
+    with pytest.raises(InputError, match="final_norm/gain of step 0 doesn't have the checksum"):
+        export_model(str(run), str(back))
+    assert not back.exists()
+
+
+def test_models_that_no_family_has_a_place_for():
+    llama = PRESETS["llama_tiny"]().model
+    attention, mlp = llama.stages[0].pattern
+    capped = dataclasses.replace(llama, stages=(dataclasses.replace(
+        llama.stages[0], pattern=(dataclasses.replace(attention, softcap=30.0), mlp)),))
+    with pytest.raises(InputError, match=r"softcap: llama has no place for 30.0"):
+        _family_of(capped)
+    with pytest.raises(InputError, match="no family is made of S4d"):
+        _family_of(PRESETS["s4d_tiny"]().model)
+    named = {"llama": "llama_small", "gpt2": "gpt2_124m", "qwen3": "qwen3_8b", "mixtral": "mixtral_8x7b", "mamba": "mamba_130m",
+             "mamba2": "mamba2_2_7b", "jamba": "jamba_v0_1", "rwkv": "rwkv4_169m"}
+    for family, preset in named.items():
+        assert _family_of(PRESETS[preset]().model)[0].model_type == family
