@@ -31,5 +31,6 @@ def deepseek_v3() -> Config:
                                 rope_scaling=scaling, scale=yarn_magnitude(stretch) ** 2 / 192**0.5)
     moe = Moe(experts=256, top_k=8, hidden=2048, shared_hidden=2048, scores="sigmoid", groups=8, top_groups=4, scale=2.5,
               balance_rate=1e-3)
-    model = ModelConfig(vocab_size=129280, dim=7168, max_len=163840, stages=_stages(attention, GatedMlp(hidden=18432), moe, 3, 58))
+    stages = _stages(attention, GatedMlp(hidden=18432), moe, 3, 58)
+    model = ModelConfig(vocab_size=129280, dim=7168, max_len=163840, stages=stages)
     return published("deepseek_v3", model, lr=2.2e-4, batch_size=15360, seq_len=4096)

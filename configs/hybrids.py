@@ -41,7 +41,8 @@ def jamba_v0_1() -> Config:
 
 
 def griffin_tiny() -> Config:
-    pattern = _griffin(Attention(heads=4, kv_heads=1, window=32), RgLru(heads=4, depth=6), GatedMlp(hidden=88, activation="gelu"))
+    mlp = GatedMlp(hidden=88, activation="gelu")
+    pattern = _griffin(Attention(heads=4, kv_heads=1, window=32), RgLru(heads=4, depth=6), mlp)
     return tiny("griffin_tiny", Stage(pattern, 1))
 
 

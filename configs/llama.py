@@ -16,7 +16,9 @@ def _llama2(dim: int, layers: int, heads: int, hidden: int, kv_heads: int | None
     return _model(dim, layers, 32000, 4096, Attention(heads, kv_heads), GatedMlp(hidden))
 
 
-def _llama3(dim: int, layers: int, heads: int, hidden: int, max_len: int = 8192, scaling: RopeScaling | None = None) -> ModelConfig:
+def _llama3(
+    dim: int, layers: int, heads: int, hidden: int, max_len: int = 8192, scaling: RopeScaling | None = None,
+) -> ModelConfig:
     attention = Attention(heads, kv_heads=8, rope_base=500000.0, rope_scaling=scaling)
     return _model(dim, layers, 128256, max_len, attention, GatedMlp(hidden))
 
@@ -70,7 +72,8 @@ def qwen3_8b() -> Config:
 
 
 def mixtral_tiny() -> Config:
-    return tiny("mixtral_tiny", Stage((Attention(heads=4, kv_heads=2), Moe(experts=4, top_k=2, hidden=48, balance_loss=0.01)), 2))
+    moe = Moe(experts=4, top_k=2, hidden=48, balance_loss=0.01)
+    return tiny("mixtral_tiny", Stage((Attention(heads=4, kv_heads=2), moe), 2))
 
 
 def mixtral_small() -> Config:

@@ -1,8 +1,8 @@
 """Trains a model: `python -m experiments.train --config=quickstart --workdir=runs/quickstart [--set optim.lr=3e-3]...`
 
 The same command again goes on where the run stopped. Ctrl-C saves and stops; so does SIGTERM. Watch it with
-`tensorboard --logdir=runs`. Presets are in configs/; every field can be set, see docs/interfaces.md. `--init_from=RUN` begins with
-the weights of another run, trained or imported (tools.convert), and, without --config, with its config.
+`tensorboard --logdir=runs`. Presets are in configs/; every field can be set, see docs/interfaces.md. `--init_from=RUN`
+begins with the weights of another run, trained or imported (tools.convert), and, without --config, with its config.
 """
 
 import os

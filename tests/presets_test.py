@@ -9,12 +9,12 @@ import pytest
 
 from configs import PRESETS
 from experiments import command_line  # noqa: F401  (defines the flags that tools.inspect_model reads)
-from research.models.lm import LanguageModel
+from research.interop.huggingface import _family_of
 from research.training.loop import Launch, run
 from tools.inspect_model import summary
 
-# Exact numbers of parameters. Sources: model.safetensors.index.json of the published checkpoints (bytes / bytes a weight), and
-# transformers' model of the published config.json, counted without allocating it (the test below does so where a family is there).
+# Exact numbers of parameters, of the published checkpoints named. transformers' model of the config.json that we write gives
+# the same number (test_sizes_are_those_of_transformers).
 TOTAL = {
     "llama2_7b": 6_738_415_616,  # meta-llama/Llama-2-7b-hf
     "llama2_13b": 13_015_864_320,  # meta-llama/Llama-2-13b-hf
@@ -47,20 +47,45 @@ TOTAL = {
 ACTIVE = {"mixtral_8x7b": 12.9e9, "deepseek_v3": 37e9, "jamba_v0_1": 12e9}  # as their reports round them
 
 
+@pytest.fixture(scope="module")
+def rows():
+    """What `tools.inspect_model --list --json` says, by name."""
+    return {name: summary(make()) for name, make in PRESETS.items()}
+
+
 @pytest.mark.parametrize("name", TOTAL)
-def test_sizes_are_the_published_ones(name):
-    assert LanguageModel(PRESETS[name]().model).param_counts()["total"] == TOTAL[name]
+def test_sizes_are_the_published_ones(name, rows):
+    assert rows[name]["params"] == TOTAL[name]
 
 
 @pytest.mark.parametrize("name", ACTIVE)
-def test_active_sizes_are_the_published_ones(name):
-    assert LanguageModel(PRESETS[name]().model).param_counts()["active"] == pytest.approx(ACTIVE[name], rel=0.02)
+def test_active_sizes_are_the_published_ones(name, rows):
+    assert rows[name]["active_params"] == pytest.approx(ACTIVE[name], rel=0.02)
 
 
-def test_every_preset_is_summarised():
-    """By its own name, with what `tools.inspect_model --list --json` promises; small ones have about 10 million parameters."""
-    for name, make in PRESETS.items():
-        row = summary(make())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TOTAL if name != "deepseek_v3"])
+def test_sizes_are_those_of_transformers(name):
+    """The size of transformers' model of the settings that an export would write, on the meta device."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    family, settings = _family_of(PRESETS[name]().model)
+    with torch.device("meta"):
+        model = getattr(transformers, family.architecture)(transformers.AutoConfig.for_model(family.model_type, **settings))
+    assert sum(parameter.numel() for parameter in model.parameters()) == TOTAL[name]
+
+
+@pytest.mark.slow
+def test_the_size_of_deepseek_v3_is_that_of_transformers():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config())  # V3's own values
+    biases = [buffer.numel() for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert sum(parameter.numel() for parameter in model.parameters()) + sum(biases) == TOTAL["deepseek_v3"]
+
+
+def test_every_preset_is_listed(rows):
+    """By its own name; tiny and small ones come in pairs, and small is about 10 million parameters."""
+    for name, row in rows.items():
         assert row["name"] == name and row["family"]
         assert 0 < row["active_params"] <= row["params"] and row["flops_per_token"] > 0 and row["state_bytes_4096"] > 0
         if name.endswith("_small"):

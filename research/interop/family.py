@@ -13,7 +13,7 @@ Settings = dict[str, Any]  # of a config.json
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """`model_type`, `architecture`: as config.json says them. `known`: the settings that are read, with their published defaults.
+    """`model_type`, `architecture`: as config.json says them. `known`: the settings that are read, with their defaults.
     `fixed`: settings that may only have the value that is implemented here. `read`: settings -> our model; `write`: back, or
     None for a model of another family. `per_layer`: mixers a layer of theirs. `optional_prefix`: some checkpoints leave it
     out. `ignored`: a pattern of what is stored, but computed: masks, frequencies.

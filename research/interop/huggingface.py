@@ -1,7 +1,7 @@
 """Models of Hugging Face's transformers, in and out: config, weights (safetensors) and tokenizer, one tensor at a time.
 
 At its peak a conversion holds about three copies of the largest tensor on disk (theirs: a layer's matrix, an expert's or the
-embedding): as read, in our layout, compressed. Exporting a run that was trained here holds one of our arrays, of all layers, too.
+embedding): as read, in our layout, compressed. The export of a run that was trained here holds one array of all layers, too.
 """
 
 import dataclasses
@@ -96,7 +96,8 @@ def export_model(workdir: str, target: str, step: int | None = None, shard_bytes
     reader = ParameterReader(source, step)
     for path, weight in LanguageModel(model).weights.items():
         if path not in reader.arrays or reader.arrays[path][0] != weight.shape:
-            raise InputError("--input", f"the checkpoint has no {path} of shape {list(weight.shape)}", "restore the run's files")
+            raise InputError("--input", f"the checkpoint has no {path} of shape {list(weight.shape)}",
+                             "restore the run's files")
     arrays = {name: (_promoted(reader.arrays[part.path][1] for part in t.parts), t.shape) for name, t in theirs.items()}
     held = ""
 

@@ -63,8 +63,8 @@ def _read(settings: Settings) -> ModelConfig:
 
 def _write(model: ModelConfig) -> Settings | None:
     mixers = [mixer for stage in model.stages for mixer in stage.pattern * stage.repeats]
-    first = {kind: next((mixer for mixer in mixers if isinstance(mixer, kind)), None) for kind in (Attention, Mamba, GatedMlp, Moe)}
-    attention, mamba, mlp, moe = first.values()
+    attention, mamba, mlp, moe = (next((mixer for mixer in mixers if isinstance(mixer, kind)), None)
+                                  for kind in (Attention, Mamba, GatedMlp, Moe))
     if attention is None or mamba is None or (mlp is None and moe is None):
         return None
     at, experts_at = (_places([isinstance(mixer, kind) for mixer in mixers[start::2]], depth(model))
@@ -74,7 +74,8 @@ def _write(model: ModelConfig) -> Settings | None:
         "intermediate_size": (mlp or moe).hidden, "num_hidden_layers": depth(model), "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads or attention.heads, "hidden_act": their_activation((mlp or moe).activation),
         "rms_norm_eps": model.norm.eps, "max_position_embeddings": model.max_len, "num_experts": moe.experts if moe else 1,
-        "num_experts_per_tok": moe.top_k if moe else 1, "expert_layer_offset": experts_at[0], "expert_layer_period": experts_at[1],
+        "num_experts_per_tok": moe.top_k if moe else 1, "expert_layer_offset": experts_at[0],
+        "expert_layer_period": experts_at[1],
         "attn_layer_offset": at[0], "attn_layer_period": at[1], "mamba_d_state": mamba.state, "mamba_d_conv": mamba.conv,
         "mamba_expand": mamba.expand, "mamba_dt_rank": mamba.rank(model.dim), "mamba_conv_bias": mamba.conv_bias}
 

@@ -24,7 +24,8 @@ _ATTENTION = tuple(Row(f"attention/{ours}", f"model.layers.{{layer}}.self_attn.{
     ("value", "v_proj.weight", "linear"), ("value_bias", "v_proj.bias", "flat"),
     ("output", "o_proj.weight", "linear"), ("output_bias", "o_proj.bias", "same")))
 _MLP = tuple(Row(f"gated_mlp/{name}{ours}", f"model.layers.{{layer}}.mlp.{name}_proj.{theirs}", layout)
-             for name in ("gate", "up", "down") for ours, theirs, layout in (("", "weight", "linear"), ("_bias", "bias", "same")))
+             for name in ("gate", "up", "down")
+             for ours, theirs, layout in (("", "weight", "linear"), ("_bias", "bias", "same")))
 _EXPERTS = (Row("moe/router", "model.layers.{layer}.block_sparse_moe.gate.weight", "linear"), *(
     Row(f"moe/{ours}", f"model.layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{theirs}.weight", "linear")
     for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))))
@@ -117,8 +118,8 @@ def read_qwen3(settings: Settings) -> ModelConfig:
 
 
 def read_mixtral(settings: Settings) -> ModelConfig:
-    moe = Moe(experts=settings["num_local_experts"], top_k=settings["num_experts_per_tok"], hidden=settings["intermediate_size"],
-              activation=activation("hidden_act", settings["hidden_act"]))
+    moe = Moe(experts=settings["num_local_experts"], top_k=settings["num_experts_per_tok"],
+              hidden=settings["intermediate_size"], activation=activation("hidden_act", settings["hidden_act"]))
     return _model(settings, _attention(settings, window=settings["sliding_window"]), moe)
 
 

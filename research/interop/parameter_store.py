@@ -1,7 +1,7 @@
 """A checkpoint's parameters, written and read piece by piece, so that no whole model is ever in memory.
 
-Orbax writes the checkpoint with arrays of one element; then each array is made again, with its shape, in the store that Orbax keeps them
-in (zarr in OCDBT, through tensorstore), cut along layers and experts. To Orbax it is a checkpoint like any other.
+Orbax writes the checkpoint with arrays of one element; then each is made again, with its shape, in the store that Orbax keeps
+them in (zarr in OCDBT, through tensorstore), cut along layers and experts. To Orbax it is a checkpoint like any other.
 """
 
 import json
@@ -11,7 +11,6 @@ import pathlib
 import shutil
 from typing import Any, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -99,7 +98,8 @@ class ParameterReader:
         self._meta = json.loads(directory.joinpath(*_META).read_text(encoding="utf-8"))
         self._item = "averaged" if "averaged" in self._meta else "params"
         self._directory = directory / self._item
-        self.arrays = {path: (tuple(shape), np.dtype(jnp.dtype(dtype))) for path, (shape, dtype) in self._meta[self._item].items()}
+        self.arrays = {path: (tuple(shape), np.dtype(jnp.dtype(dtype)))
+                       for path, (shape, dtype) in self._meta[self._item].items()}
         self._held: dict[str, Any] = {}  # the whole array, or, where it is stored in the pieces that are read, its store
         self._sums = dict.fromkeys(self.arrays, 0)
 

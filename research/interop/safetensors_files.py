@@ -111,7 +111,7 @@ def _indexed(directory: pathlib.Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
         found = _header(inside(directory, file))
-        for name, entry in found.items():
+        for name in found:
             if name not in weight_map or weight_map[name] != file:
                 raise _broken(directory / INDEX, f"doesn't say that {name} is in {file}")
         entries |= found

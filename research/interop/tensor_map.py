@@ -1,7 +1,7 @@
 """Which part of which of their tensors each of our weights is, derived from our paths and declarations by a family's table.
 
-Our layers are scanned, so a weight of ours holds a leading axis of repeats, and experts one more; theirs are a tensor a layer (and
-an expert). Rows that name the same tensor of theirs are its parts, in the order of the table, along its output axis.
+Our layers are scanned, so a weight of ours holds a leading axis of repeats, and experts one more; theirs are a tensor a layer
+(and an expert). Rows that name the same tensor of theirs are its parts, in the order of the table, along its output axis.
 """
 
 import math

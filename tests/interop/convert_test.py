@@ -1,0 +1,93 @@
+"""The command, and what it makes in other commands' hands: generate, train, AutoTokenizer."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from research.data.tokenizer import load_tokenizer
+from research.interop.huggingface import export_model, import_model
+from research.schema import EXIT_BAD_INPUT
+from research.training.checkpoint import load_params
+from tests.interop.bad_input_test import save, tensors
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+TEXT = 'def f(x):\n    return "Größe, 你好" + str(x)\n'
+
+
+def call(home: pathlib.Path, module: str, *arguments: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "RUNG_CACHE": str(home), "XLA_FLAGS": ""}
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=REPOSITORY, env=env)
+
+
+def add_tokenizer(directory: pathlib.Path) -> None:
+    """A byte-level BPE of 300 pieces, as models bring theirs."""
+    library = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([TEXT * 20, pathlib.Path(__file__).read_text()], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+
+
+def test_a_tokenizer_goes_around(tmp_path):
+    """Imported, in the run, exported, and read by transformers: the same ids and text; its ids are in config.json."""
+    model = save(tmp_path / "model", tensors())
+    add_tokenizer(model)
+    import_model(str(model), str(tmp_path / "run"))
+    done = export_model(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert done["tokenizer"] and "tokenizer.json" in done["files"]
+    ours = load_tokenizer(tmp_path / "run" / "tokenizer")
+    written, given = (json.loads((path / "tokenizer.json").read_text()) for path in (tmp_path / "back", model))
+    assert written == given
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (ours.bos_id, ours.eos_id) == (0, 1)
+    transformers = pytest.importorskip("transformers")
+    for directory in (model, tmp_path / "back"):
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+        assert theirs.encode(TEXT, add_special_tokens=False) == ours.encode(TEXT).tolist()
+        assert theirs.decode(ours.encode(TEXT)) == TEXT == ours.decode(ours.encode(TEXT))
+
+
+@pytest.mark.slow
+def test_the_commands(tmp_path):
+    """Import, generate, go on training, export."""
+    model, run = save(tmp_path / "model", tensors()), tmp_path / "run"
+    done = call(tmp_path, "tools.convert", "--from=hf", f"--input={model}", f"--output={run}", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["family"] == "llama", done.stderr
+    done = call(tmp_path, "tools.generate", f"--workdir={run}", "--prompt_ids=5,7,3", "--max_new_tokens=8",
+                "--temperature=0", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert len(answer["token_ids"]) == len(answer["logprobs"]) == 8
+    done = call(tmp_path, "experiments.train", f"--init_from={run}", f"--workdir={tmp_path / 'on'}", "--set", "train.steps=1", "--set", "optim.warmup_steps=0",
+                "--set", "optim.lr=0", "--set", "data.sources.0.args.packages=false",
+                "--set", "data.sources.0.args.max_bytes=20000", "--set", "model.vocab_size=264", "--set", "data.seq_len=32",
+                f"--set=data.cache_dir={tmp_path}")
+    assert done.returncode == 0 and "unembedding/kernel has shape" in done.stderr, done.stderr
+    old, new = (load_params(path)[0]["decoder"]["stage_0"]["gated_mlp_1"]["up"] for path in (run, tmp_path / "on"))
+    np.testing.assert_array_equal(old, new)
+    done = call(tmp_path, "tools.convert", "--from=rung", f"--input={run}", f"--output={tmp_path / 'back'}")
+    assert done.returncode == 0 and (tmp_path / "back" / "model.safetensors").exists(), done.stderr
+    done = call(tmp_path, "tools.convert", "--from=hf", f"--input={tmp_path / 'nowhere'}", f"--output={tmp_path / 'x'}")
+    assert done.returncode == EXIT_BAD_INPUT and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
+
+
+def test_the_memory_of_a_conversion(tmp_path):
+    """It reads each tensor of theirs once and writes it at once: chunks are layers, so that none waits for another."""
+    import tensorstore
+
+    model = save(tmp_path / "model", tensors())
+    import_model(str(model), str(tmp_path / "run"))
+    base = (tmp_path / "run" / "checkpoints" / "0" / "params").as_uri() + "/"
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": "decoder.stage_0.gated_mlp_1.up/"}}
+    store = tensorstore.open(spec, read=True).result()
+    assert store.shape == (2, 8, 12) and store.chunk_layout.read_chunk.shape == (1, 8, 12)
