@@ -18,8 +18,8 @@ def _rwkv4(name: str, dim: int, layers: int, lr: float) -> Config:
     return published(name, _rwkv(50277, dim, 1024, *mixers, layers=layers), lr=lr, batch_size=1024)
 
 
-def _rwkv7(name: str, dim: int, layers: int, lr: float) -> Config:
-    mixers = Rwkv7TimeMix(depth=layers), Rwkv7ChannelMix(hidden=4 * dim, depth=layers)
+def _rwkv7(name: str, dim: int, layers: int, lr: float, gate_rank: int | None = None) -> Config:
+    mixers = Rwkv7TimeMix(depth=layers, gate_rank=gate_rank), Rwkv7ChannelMix(hidden=4 * dim, depth=layers)
     return published(name, _rwkv(65536, dim, 4096, *mixers, layers=layers), lr=lr, batch_size=512)
 
 
@@ -72,7 +72,7 @@ def rwkv7_190m() -> Config:
 
 
 def rwkv7_450m() -> Config:
-    return _rwkv7("rwkv7_450m", 1024, 24, lr=5e-4)
+    return _rwkv7("rwkv7_450m", 1024, 24, lr=5e-4, gate_rank=128)
 
 
 def rwkv7_1_5b() -> Config:
