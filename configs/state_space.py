@@ -54,11 +54,11 @@ def mamba_2_8b() -> Config:
 
 
 def mamba2_tiny() -> Config:
-    return tiny("mamba2_tiny", Stage((Mamba2(head_dim=16, state=16, chunk=32),), 2))
+    return tiny("mamba2_tiny", Stage((Mamba2(head_dim=16, state=16, chunk=32),), 2), norm=Norm(eps=1e-5))
 
 
 def mamba2_small() -> Config:
-    return small("mamba2_small", Stage((Mamba2(head_dim=32, state=64, chunk=64),), 20))
+    return small("mamba2_small", Stage((Mamba2(head_dim=32, state=64, chunk=64),), 20), norm=Norm(eps=1e-5))
 
 
 def mamba2_2_7b() -> Config:

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
-from research.config import difference, nearest
+from research.config import MixerConfig, difference, nearest
 from research.data.pretrained import HuggingFaceTokenizer
 from research.data.tokenizer import load_tokenizer
 from research.errors import InputError
@@ -28,7 +28,10 @@ from research.interop.family import Family
 from research.interop.parameter_store import ParameterReader, ParameterWriter
 from research.interop.safetensors_files import TensorFiles, read_json
 from research.interop.tensor_map import Theirs, tensor_map
+from research.models.attention import Attention
 from research.models.lm import LanguageModel
+from research.models.mamba import Mamba
+from research.models.rwkv4 import Rwkv4TimeMix
 from research.schema import CONFIG_FILE, TOKENIZER, Config, DataConfig, ModelConfig, OptimConfig, Source, Stage
 from research.training.workdir import is_remote, read_config, write_config
 
@@ -232,10 +235,18 @@ def _plain(model: ModelConfig) -> ModelConfig:
         pattern = []
         for mixer in stage.pattern:
             fields = {field.name: field.default for field in dataclasses.fields(mixer) if field.name in TRAINING_ONLY}
+            fields |= {name: None for name, usual in _usual(mixer, model.dim).items() if getattr(mixer, name) == usual}
             pattern.append(dataclasses.replace(mixer, **fields))
         stages += pattern * stage.repeats
     return dataclasses.replace(model, stages=(Stage(tuple(stages)),), dropout=0.0, remat="none", param_dtype="float32",
                                compute_dtype="float32")
+
+
+def _usual(mixer: MixerConfig, dim: int) -> dict[str, int]:
+    """What None stands for in the fields that have it."""
+    if isinstance(mixer, Attention):
+        return {"kv_heads": mixer.heads, "head_dim": dim // mixer.heads}
+    return {"width": dim} if isinstance(mixer, Rwkv4TimeMix) else {"dt_rank": -(-dim // 16)} if isinstance(mixer, Mamba) else {}
 
 
 def _export_tokenizer(directory: pathlib.Path, output: pathlib.Path) -> dict[str, int]:
