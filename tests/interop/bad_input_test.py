@@ -162,7 +162,8 @@ def test_models_that_no_family_has_a_place_for():
         _family_of(PRESETS["s4d_tiny"]().model)
     named = {"llama": ["llama_tiny", "llama3_405b"], "gpt2": ["gpt2_tiny", "gpt3_175b"], "qwen3": ["qwen3_tiny", "qwen3_8b"],
              "mixtral": ["mixtral_tiny", "mixtral_8x7b"], "mamba": ["mamba_tiny", "mamba_2_8b"],
-             "mamba2": ["mamba2_tiny", "mamba2_2_7b"], "jamba": ["jamba_tiny", "jamba_v0_1"], "rwkv": ["rwkv4_tiny", "rwkv4_14b"]}
+             "mamba2": ["mamba2_tiny", "mamba2_2_7b"], "jamba": ["jamba_tiny", "jamba_v0_1"],
+             "rwkv": ["rwkv4_tiny", "rwkv4_14b"]}
     for family, presets in named.items():
         for preset in presets:
             assert _family_of(PRESETS[preset]().model)[0].model_type == family
