@@ -25,12 +25,14 @@ class Case:
     Attributes:
       sideways: does an output depend on earlier tokens of its row?
       exact: do packing, prefill and steps give the same? If not, `why`.
+      sharded: is it in the sharded battery? One case a row and layout is enough: compiling is nearly all it costs.
       extra_flops: what the implementation spends per token above the algorithmic `flops`, and `why`.
     """
 
     cfg: MixerConfig
     sideways: bool = True
     exact: bool = True
+    sharded: bool = True
     extra_flops: float = 0.0
     why: str = ""
 
@@ -64,14 +66,14 @@ CASES: dict[str, dict[str, Case]] = {
     "Mamba": {
         "plain": Case(Mamba(state=4)),
         "norms_reference": Case(
-            Mamba(expand=1, state=3, conv=3, dt_rank=2, norms=True, conv_bias=False, implementation="reference")
+            Mamba(expand=1, state=3, conv=3, dt_rank=2, norms=True, conv_bias=False, implementation="reference"),
+            sharded=False,
         ),
     },
     "Mamba2": {
         "chunks": Case(Mamba2(head_dim=4, groups=2, state=3, chunk=4)),
-        "one_chunk_one_group": Case(Mamba2(expand=1, head_dim=4, state=3, conv=3)),
         "reference": Case(
-            Mamba2(expand=1, head_dim=4, groups=2, state=3, conv_bias=False, norm_groups=1, implementation="reference")
+            Mamba2(expand=1, head_dim=4, state=3, conv=3, conv_bias=False, implementation="reference"), sharded=False
         ),
     },
     "Mlp": {
@@ -104,7 +106,9 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "S4d": {
         "lin": Case(S4d(state=4)),
-        "real_bilinear": Case(S4d(state=3, init="real", discretization="bilinear", implementation="chunked")),
+        "real_bilinear": Case(
+            S4d(state=3, init="real", discretization="bilinear", implementation="reference"), sharded=False
+        ),
     },
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},
 }
