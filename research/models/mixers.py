@@ -30,6 +30,7 @@ from research.models.h3 import H3, H3Mixer
 from research.models.mamba import Mamba, MambaMixer
 from research.models.mamba2 import Mamba2, Mamba2Mixer
 from research.models.mlp import GatedMlp, GatedMlpMixer, Mlp, MlpMixer
+from research.models.s4 import S4, S4Mixer
 from research.models.s4d import S4d, S4dMixer
 
 
@@ -91,6 +92,7 @@ MIXERS: dict[str, Mixer] = {
     "Mamba2": Mixer(Mamba2, Mamba2Mixer),
     "Mlp": Mixer(Mlp, MlpMixer),
     "Parallel": Mixer(Parallel, ParallelMixer),
+    "S4": Mixer(S4, S4Mixer),
     "S4d": Mixer(S4d, S4dMixer),
 }
 

@@ -9,6 +9,7 @@ from research.models.mamba import Mamba
 from research.models.mamba2 import Mamba2
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
+from research.models.s4 import S4
 from research.models.s4d import S4d
 from tests.spikes.moe import Moe
 from tests.spikes.pallas_scale import PallasScale
@@ -104,6 +105,7 @@ CASES: dict[str, dict[str, Case]] = {
             why=EVERY_EXPERT,
         ),
     },
+    "S4": {"legs": Case(S4(state=4))},
     "S4d": {
         "lin": Case(S4d(state=4)),
         "real_bilinear": Case(
