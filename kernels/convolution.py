@@ -50,7 +50,8 @@ def causal_convolution(
         state_BxPxC = jnp.zeros((B, P, C), x_BxLxC.dtype)
     if kernel_WxC.shape != (W, C) or state_BxPxC.shape != (B, P, C):
         raise ValueError(
-            f"convolution: x {x_BxLxC.shape}, kernel {kernel_WxC.shape}, state {state_BxPxC.shape} aren't BxLxC, WxC, B x W-1 x C"
+            f"convolution: x {x_BxLxC.shape}, kernel {kernel_WxC.shape}, state {state_BxPxC.shape} aren't BxLxC, "
+            "WxC, Bx(W-1)xC"
         )
     if positions_BxL.shape != (B, L) or segment_ids_BxL.shape != (B, L):
         raise ValueError(

@@ -47,7 +47,8 @@ class Mamba2(MixerConfig):
 
     def check(self, dim: int) -> None:
         if self.expand * dim % self.head_dim:
-            raise InputError("head_dim", f"{self.head_dim} does not divide expand * dim = {self.expand * dim}", "choose a divisor")
+            raise InputError("head_dim", f"{self.head_dim} does not divide expand * dim = {self.expand * dim}",
+                             "choose a divisor")
         if self.heads(dim) % self.groups:
             raise InputError("groups", f"{self.groups} does not divide the {self.heads(dim)} heads", "choose a divisor")
 

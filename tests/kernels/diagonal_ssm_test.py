@@ -24,7 +24,7 @@ def arrays(rows: tuple[str, ...], kind: str) -> dict[str, np.ndarray]:
     copies = () if kind == "dplr" else (COPIES,)
     made = {"u": random.normal(size=(B, L, CHANNELS, *copies)), "dt": np.array([0.1, 0.9]),
             "rate_re": -np.exp(random.normal(size=(CHANNELS, MODES)))}  # fmt: skip
-    for name in ("rate_im", "p_re", "p_im", "b_re", "b_im", "c_re", "c_im")[:: 1 if kind == "dplr" else 1]:
+    for name in ("rate_im", "p_re", "p_im", "b_re", "b_im", "c_re", "c_im"):
         if kind == "dplr" or name[0] in "rc":
             made[name] = random.normal(size=(CHANNELS, MODES))
     for name in ("h_re", "h_im"):

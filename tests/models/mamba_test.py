@@ -98,9 +98,11 @@ def test_decays_begin_as_published():
     assert 1 <= rates.min() < 1.2 and 15.5 < rates.max() <= 16
 
 
-@pytest.mark.parametrize("cfg, numbers", [(Mamba(), 32 * 16 * 4 + 3 * 32 * 2), (Mamba2(head_dim=8, state=4), 32 * 4 * 4 + 3 * 40 * 2)])
-def test_the_state_does_not_grow(cfg, numbers):
-    assert {mixers.state_bytes(cfg, DIM, length, jnp.bfloat16) for length in (1, 1024, 1 << 20)} == {numbers}
+@pytest.mark.parametrize(
+    "cfg, size", [(Mamba(), 32 * 16 * 4 + 3 * 32 * 2), (Mamba2(head_dim=8, state=4), 32 * 4 * 4 + 3 * 40 * 2)]
+)
+def test_the_state_does_not_grow(cfg, size):
+    assert {mixers.state_bytes(cfg, DIM, length, jnp.bfloat16) for length in (1, 1024, 1 << 20)} == {size}
 
 
 @pytest.mark.slow
