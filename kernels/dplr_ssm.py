@@ -16,6 +16,7 @@ from kernels.diagonal_ssm import Pair, multiply
 from kernels.selective_scan import join, split
 
 CHUNK = 64  # tokens whose states are kept at one time by `chunked`, in the backward pass
+EXACT = jax.lax.Precision.HIGHEST
 NODES = 64  # nodes of the Cauchy kernel at one time
 
 
@@ -69,7 +70,9 @@ def _step(system: Discrete, h: Pair, u_BxC: jax.Array, first_B: jax.Array, valid
 
 
 def _read(h: Pair, c_CxN: Pair) -> jax.Array:
-    return jnp.einsum("bcn,cn->bc", h[0], c_CxN[0]) - jnp.einsum("bcn,cn->bc", h[1], c_CxN[1])
+    """Re(sum of c * h); it goes back into the state, so float32 is meant, also where a matrix unit would round to less."""
+    read = [jnp.einsum("bcn,cn->bc", x, y, precision=EXACT) for x, y in zip(h, c_CxN)]
+    return read[0] - read[1]
 
 
 def reference(
@@ -176,10 +179,9 @@ def _truncated(system: Discrete, L: int) -> Pair:
     a_CxMxM = jnp.concatenate([jnp.concatenate([diagonal[0], -diagonal[1]], -1), jnp.concatenate(diagonal[::-1], -1)], -2)
     a_CxMxM -= flat(system.left_CxN, 1)[:, :, None] * flat(system.right_CxN, -1)[:, None, :]
     row_CxM = last_CxM = flat(system.c_CxN, -1)  # Re(sum of c h) = [c_re, -c_im] . [h_re, h_im]
-    exact = jax.lax.Precision.HIGHEST
     for bit in bin(L)[:1:-1]:
         if bit == "1":
-            last_CxM = jnp.einsum("cm,cmn->cn", last_CxM, a_CxMxM, precision=exact)
-        a_CxMxM = jnp.einsum("clm,cmn->cln", a_CxMxM, a_CxMxM, precision=exact)
+            last_CxM = jnp.einsum("cm,cmn->cn", last_CxM, a_CxMxM, precision=EXACT)
+        a_CxMxM = jnp.einsum("clm,cmn->cln", a_CxMxM, a_CxMxM, precision=EXACT)
     rest_CxM = row_CxM - last_CxM
     return rest_CxM[:, :N], -rest_CxM[:, N:]

@@ -42,8 +42,8 @@ def oracle(x: dict, where: dict, kind: str) -> tuple[jax.Array, jax.Array]:
     if kind == "diagonal":
         a, c = jnp.exp(x["dt"][:, None] * complex_of(x, "rate")), complex_of(x, "c")
 
-        def step(b, t, h_CxMxN):
-            h_CxMxN = a[:, None] * h_CxMxN + x["u"][b, t][..., None]
+        def step(token, h_CxMxN):
+            h_CxMxN = a[:, None] * h_CxMxN + token["u"][..., None]
             return h_CxMxN, jnp.sum(c[:, None] * h_CxMxN, axis=-1).real
     else:
         both = lambda name: jnp.concatenate([complex_of(x, name), complex_of(x, name).conj()], axis=-1)  # noqa: E731
@@ -54,11 +54,11 @@ def oracle(x: dict, where: dict, kind: str) -> tuple[jax.Array, jax.Array]:
         inputs = jnp.linalg.solve(eye - half * a, 2 * half * both("b")[..., None])[..., 0]
         h = jnp.concatenate([h, h.conj()], axis=-1)
 
-        def step(b, t, h_CxN):
-            h_CxN = jnp.einsum("cmn,cn->cm", decay, h_CxN) + inputs * x["u"][b, t][:, None]
+        def step(token, h_CxN):
+            h_CxN = jnp.einsum("cmn,cn->cm", decay, h_CxN) + inputs * token["u"][:, None]
             return h_CxN, jnp.sum(both("c") * h_CxN, axis=-1).real
 
-    y, h = sequential(step, h, where)
+    y, h = sequential(step, {"u": x["u"]}, h, where)
     return y, jnp.stack([h[..., :MODES].real, h[..., :MODES].imag])
 
 
