@@ -71,12 +71,7 @@ CASES: dict[str, dict[str, Case]] = {
             sharded=False,
         ),
     },
-    "Mamba2": {
-        "chunks": Case(Mamba2(head_dim=4, groups=2, state=3, chunk=4)),
-        "reference": Case(
-            Mamba2(expand=1, head_dim=4, state=3, conv=3, conv_bias=False, implementation="reference"), sharded=False
-        ),
-    },
+    "Mamba2": {"chunks": Case(Mamba2(head_dim=4, groups=2, state=3, chunk=4))},
     "Mlp": {
         "gelu": Case(Mlp(hidden=24), sideways=False),
         "relu_squared_bias": Case(Mlp(hidden=24, activation="relu_squared", bias=True), sideways=False),
