@@ -50,7 +50,8 @@ def causal_convolution(
         state_BxPxC = jnp.zeros((B, P, C), x_BxLxC.dtype)
     if kernel_WxC.shape != (W, C) or state_BxPxC.shape != (B, P, C):
         raise ValueError(
-            f"convolution: x {x_BxLxC.shape}, kernel {kernel_WxC.shape}, state {state_BxPxC.shape} aren't BxLxC, WxC, B x W-1 x C"
+            f"convolution: x {x_BxLxC.shape}, kernel {kernel_WxC.shape}, state {state_BxPxC.shape} aren't BxLxC, "
+            "WxC, Bx(W-1)xC"
         )
     if positions_BxL.shape != (B, L) or segment_ids_BxL.shape != (B, L):
         raise ValueError(
@@ -61,7 +62,6 @@ def causal_convolution(
     # The state and the row, one after the other: T = P + L tokens, of which the valid ones count.
     documents_BxT = jnp.pad(documents_BxL, ((0, 0), (P, 0)))
     valid_BxT = jnp.pad(valid_BxL, ((0, 0), (P, 0)), constant_values=True)
-    order_BxT = jnp.argsort(~valid_BxT, axis=1, stable=True)  # the valid tokens first, in their order
     inside_BxL = valid_BxL[:, 1:] & ~valid_BxL[:, :-1] & (documents_BxL[:, 1:] == documents_BxL[:, :-1])
 
     def shifted(x_BxTxC: jax.Array, documents_BxT: jax.Array, kernel_WxC: jax.Array) -> jax.Array:
@@ -73,9 +73,14 @@ def causal_convolution(
             y_BxLxC += tap_BxLxC * kernel_WxC[w].astype(jnp.float32)
         return y_BxLxC
 
+    def order_BxT() -> jax.Array:
+        """The valid tokens first, in their order. A sort: only where it is needed."""
+        return jnp.argsort(~valid_BxT, axis=1, stable=True)
+
     def closed_up(x_BxTxC: jax.Array, documents_BxT: jax.Array, kernel_WxC: jax.Array) -> jax.Array:
-        x_BxTxC = jnp.take_along_axis(x_BxTxC, order_BxT[..., None], axis=1)
-        y_BxLxC = shifted(x_BxTxC, jnp.take_along_axis(documents_BxT, order_BxT, axis=1), kernel_WxC)
+        order = order_BxT()
+        x_BxTxC = jnp.take_along_axis(x_BxTxC, order[..., None], axis=1)
+        y_BxLxC = shifted(x_BxTxC, jnp.take_along_axis(documents_BxT, order, axis=1), kernel_WxC)
         rank_BxL = jnp.maximum(jnp.cumsum(valid_BxL, axis=1) - 1, 0)
         return jnp.take_along_axis(y_BxLxC, rank_BxL[..., None], axis=1)
 
@@ -85,7 +90,7 @@ def causal_convolution(
     y_BxLxC = jnp.where(valid_BxL[..., None], run(x_BxTxC, documents_BxT, kernel_WxC), 0.0)
 
     last_BxP = jnp.sum(valid_BxL, axis=1, keepdims=True) + jnp.arange(P)
-    last_BxP = jnp.take_along_axis(order_BxT, last_BxP, axis=1)
+    last_BxP = jnp.take_along_axis(order_BxT(), last_BxP, axis=1)
     kept_BxP = jnp.take_along_axis(documents_BxT, last_BxP, axis=1) == documents_BxT[:, -1:]
     last_BxPxC = jnp.take_along_axis(x_BxTxC, last_BxP[..., None], axis=1)
     new_state_BxPxC = jnp.where(kept_BxP[..., None], last_BxPxC, 0).astype(state_BxPxC.dtype)

@@ -144,8 +144,9 @@ def impulse_response(a_CxN: Pair, c_CxN: Pair, L: int) -> jax.Array:
 
     low_CxRxN = powers(jnp.arange(Q, dtype=jnp.float32))
     high_CxQxN = multiply(powers(Q * jnp.arange(Q, dtype=jnp.float32)), (c_CxN[0][:, None], c_CxN[1][:, None]))
-    k_CxQxR = jnp.einsum("cqn,crn->cqr", high_CxQxN[0], low_CxRxN[0]) - jnp.einsum("cqn,crn->cqr", high_CxQxN[1], low_CxRxN[1])
-    return k_CxQxR.reshape(-1, Q * Q)[:, :L]
+    exact = jax.lax.Precision.HIGHEST
+    real, imaginary = (jnp.einsum("cqn,crn->cqr", x, y, precision=exact) for x, y in zip(high_CxQxN, low_CxRxN))
+    return (real - imaginary).reshape(-1, Q * Q)[:, :L]
 
 
 def long_convolution(u_BxLxCxM: jax.Array, k_CxL: jax.Array, segment_ids_BxL: jax.Array) -> jax.Array:
@@ -157,14 +158,17 @@ def long_convolution(u_BxLxCxM: jax.Array, k_CxL: jax.Array, segment_ids_BxL: ja
     L = u_BxLxCxM.shape[1]
     valid_BxL = segment_ids_BxL != 0
     gaps = jnp.any(valid_BxL[:, 1:] & ~valid_BxL[:, :-1])
-    order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
-    rank_BxL = jnp.maximum(jnp.cumsum(valid_BxL, axis=1) - 1, 0)
 
-    def taken(x: jax.Array, index_BxL: jax.Array) -> jax.Array:
-        take = lambda x: jnp.take_along_axis(x, index_BxL[..., None, None], axis=1)
-        return jax.lax.cond(gaps, take, lambda x: x, x)
+    def close_up(x: jax.Array) -> jax.Array:
+        order_BxL = jnp.argsort(~valid_BxL, axis=1, stable=True)
+        return jnp.take_along_axis(x, order_BxL[..., None, None], axis=1)
 
-    u = taken(jnp.where(valid_BxL[..., None, None], u_BxLxCxM.astype(jnp.float32), 0.0), order_BxL)
+    def open_up(x: jax.Array) -> jax.Array:
+        rank_BxL = jnp.maximum(jnp.cumsum(valid_BxL, axis=1) - 1, 0)
+        return jnp.take_along_axis(x, rank_BxL[..., None, None], axis=1)
+
+    u = jnp.where(valid_BxL[..., None, None], u_BxLxCxM.astype(jnp.float32), 0.0)
+    u = jax.lax.cond(gaps, close_up, lambda x: x, u)
     spectrum = jnp.fft.rfft(u, 2 * L, axis=1) * jnp.fft.rfft(k_CxL.T, 2 * L, axis=0)[..., None]
     y = jnp.fft.irfft(spectrum, 2 * L, axis=1)[:, :L]
-    return taken(y, rank_BxL).astype(u_BxLxCxM.dtype)
+    return jax.lax.cond(gaps, open_up, lambda x: x, y).astype(u_BxLxCxM.dtype)

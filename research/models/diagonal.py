@@ -48,7 +48,8 @@ def _inverse(x: Pair) -> Pair:
 def diagonal_weights(
     module: nn.Module, channels: int, axis: str, modes: int, init: Init, rule: Discretization, low: float, high: float,
 ) -> tuple[Pair, Pair]:
-    """(decay_CxN, output_CxN) of a diagonal state space, whose weights it declares in `module`: log_dt, a_log, a_imaginary, c."""
+    """(decay_CxN, output_CxN) of a diagonal state space. Declares its weights in `module`: log_dt, a_log, a_imaginary and c,
+    which holds the input's weights, too."""
     real_N, imaginary_N = continuous_modes(init, modes)
     shape, axes = (channels, modes), (axis, "state_dim")
 

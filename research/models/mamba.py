@@ -70,7 +70,8 @@ class MambaMixer(nn.Module):
         skip_I = param(self, "skip", (inner,), ("mlp",), ones, role="vector")
 
         h_BxIxN = None if state is None else state["h_BxIxN"]
-        y_BxLxI, h_BxIxN = self._scan(u_BxLxI, dt_BxLxI, -jnp.exp(a_log_IxN.astype(jnp.float32)), b_BxLxN, c_BxLxN, ctx, h_BxIxN)
+        a_IxN = -jnp.exp(a_log_IxN.astype(jnp.float32))
+        y_BxLxI, h_BxIxN = self._scan(u_BxLxI, dt_BxLxI, a_IxN, b_BxLxN, c_BxLxN, ctx, h_BxIxN)
         y_BxLxI = (y_BxLxI + skip_I.astype(u_BxLxI.dtype) * u_BxLxI) * nn.silu(gate_BxLxI)
         y_BxLxD = self._linear("output", y_BxLxI, dim, ("mlp", "embed"))
         return y_BxLxD, None if state is None else {"conv_BxPxI": conv_BxPxI, "h_BxIxN": h_BxIxN}, {}

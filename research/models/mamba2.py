@@ -16,7 +16,6 @@ from research.models.norm import rms_normalize
 from research.models.ssm import dt_bias, log_of_uniform, short_convolution
 from research.params import fan_in, ones, param
 
-
 HEADS, GROUPS = ("heads", "head_dim"), ("kv_heads", "state_dim")
 
 
@@ -24,8 +23,8 @@ HEADS, GROUPS = ("heads", "head_dim"), ("kv_heads", "state_dim")
 class Mamba2(MixerConfig):
     """`expand` * dim / head_dim heads with a state of head_dim * `state`; a group of heads shares B and C.
 
-    norm_groups: widths that the gated norm sees apart; None = groups. The steps dt begin log-uniform in
-    [dt_min, dt_max], at least dt_floor; -A begins uniform in [1, 16].
+    The gated norm sees each group apart. The steps dt begin log-uniform in [dt_min, dt_max], at least dt_floor; -A
+    begins uniform in [1, 16].
     """
 
     expand: Positive = 2
@@ -38,7 +37,6 @@ class Mamba2(MixerConfig):
     dt_max: PositiveFloat = 0.1
     dt_floor: PositiveFloat = 1e-4
     conv_bias: bool = True
-    norm_groups: Positive | None = None
     norm_eps: PositiveFloat = 1e-5
     implementation: Literal["reference", "chunked"] | None = None
 
@@ -48,10 +46,10 @@ class Mamba2(MixerConfig):
 
     def check(self, dim: int) -> None:
         if self.expand * dim % self.head_dim:
-            raise InputError("head_dim", f"{self.head_dim} does not divide expand * dim = {self.expand * dim}", "choose a divisor")
-        for name, parts in (("groups", self.groups), ("norm_groups", self.norm_groups or self.groups)):
-            if self.heads(dim) % parts:
-                raise InputError(name, f"{parts} does not divide the {self.heads(dim)} heads", "choose a divisor")
+            raise InputError("head_dim", f"{self.head_dim} does not divide expand * dim = {self.expand * dim}",
+                             "choose a divisor")
+        if self.heads(dim) % self.groups:
+            raise InputError("groups", f"{self.groups} does not divide the {self.heads(dim)} heads", "choose a divisor")
 
     def heads(self, dim: int) -> int:
         return self.expand * dim // self.head_dim
@@ -97,11 +95,11 @@ class Mamba2Mixer(nn.Module):
         return nn.silu(y), last_BxPxx
 
     def _gated_norm(self, y_BxLxHxK: jax.Array, z_BxLxHxK: jax.Array) -> jax.Array:
-        """rms_normalize(y * silu(z)) * gain: the norm comes after the gate."""
-        (B, L, H, K), parts = y_BxLxHxK.shape, self.cfg.norm_groups or self.cfg.groups
+        """rms_normalize(y * silu(z)) * gain, over each group's width: the norm comes after the gate."""
+        B, L, H, K = y_BxLxHxK.shape
         gain_HxK = param(self, "norm", (H, K), HEADS, ones, role="vector").astype(jnp.float32)
         gated_BxLxHxK = y_BxLxHxK.astype(jnp.float32) * nn.silu(z_BxLxHxK.astype(jnp.float32))
-        normed = rms_normalize(gated_BxLxHxK.reshape(B, L, parts, -1), self.cfg.norm_eps)
+        normed = rms_normalize(gated_BxLxHxK.reshape(B, L, self.cfg.groups, -1), self.cfg.norm_eps)
         return (normed.reshape(B, L, H, K) * gain_HxK).astype(y_BxLxHxK.dtype)
 
     def _scan(self, u_BxLxHxK, dt_BxLxH, a_H, b_BxLxGxN, c_BxLxGxN, ctx: Context, h_BxHxKxN) -> tuple[jax.Array, jax.Array]:

@@ -37,6 +37,7 @@ from research.models.moe import Moe, MoeMixer
 from research.models.rglru import RgLru, RgLruMixer
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4ChannelMixMixer, Rwkv4TimeMix, Rwkv4TimeMixMixer
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7ChannelMixMixer, Rwkv7TimeMix, Rwkv7TimeMixMixer
+from research.models.s4 import S4, S4Mixer
 from research.models.s4d import S4d, S4dMixer
 
 
@@ -106,6 +107,7 @@ MIXERS: dict[str, Mixer] = {
     "Rwkv4TimeMix": Mixer(Rwkv4TimeMix, Rwkv4TimeMixMixer),
     "Rwkv7ChannelMix": Mixer(Rwkv7ChannelMix, Rwkv7ChannelMixMixer),
     "Rwkv7TimeMix": Mixer(Rwkv7TimeMix, Rwkv7TimeMixMixer),
+    "S4": Mixer(S4, S4Mixer),
     "S4d": Mixer(S4d, S4dMixer),
 }
 

@@ -36,20 +36,19 @@ def flags(where: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return valid & (where["positions_BxL"] == 0), valid
 
 
-def sequential(step: Callable, h: jax.Array, where: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
-    """(y, last state) of h, y = step(b, t, h), one token after another; padding's y is 0."""
-    first, valid = flags(where)
-    rows, last = [], []
-    for b in range(first.shape[0]):
-        ys, state = [], h[b]
-        for t in range(first.shape[1]):
-            before = jnp.zeros_like(state) if first[b, t] else state
-            new, y = step(b, t, before)
-            state = new if valid[b, t] else state
-            ys.append(jnp.where(valid[b, t], y, 0.0))
-        rows.append(jnp.stack(ys))
-        last.append(state)
-    return jnp.stack(rows), jnp.stack(last)
+def sequential(step: Callable, tokens: dict, h: jax.Array, where: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+    """(y, last state) of h, y = step(token, h), one token of one row after another; padding's y is 0.
+
+    tokens: arrays (B, L, ...); `step` gets a dict of what they hold at one place.
+    """
+
+    def one(h, now):
+        token, first, valid = now
+        new, y = step(token, jnp.where(first, 0.0, h))
+        return jnp.where(valid, new, h), jnp.where(valid, y, 0.0)
+
+    h, y = jax.vmap(lambda h, *row: jax.lax.scan(one, h, row))(h, tokens, *map(jnp.asarray, flags(where)))
+    return y, h
 
 
 def values_and_gradients(fn: Callable, arrays: dict, where: dict[str, np.ndarray]) -> tuple:

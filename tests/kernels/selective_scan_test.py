@@ -30,11 +30,11 @@ def arrays(rows: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def oracle(x: dict, where: dict) -> tuple[jax.Array, jax.Array]:
-    def step(b, t, h):
-        h = jnp.exp(x["dt"][b, t][:, None] * x["a"]) * h + jnp.outer(x["dt"][b, t] * x["x"][b, t], x["b"][b, t])
-        return h, h @ x["c"][b, t]
+    def step(token, h):
+        h = jnp.exp(token["dt"][:, None] * x["a"]) * h + jnp.outer(token["dt"] * token["x"], token["b"])
+        return h, h @ token["c"]
 
-    return sequential(step, x["h"], where)
+    return sequential(step, {name: x[name] for name in ("x", "dt", "b", "c")}, x["h"], where)
 
 
 def run(x: dict, where: dict, implementation: str | None) -> tuple[jax.Array, jax.Array]:

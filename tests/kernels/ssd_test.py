@@ -31,16 +31,16 @@ def arrays(rows: tuple[str, ...]) -> dict[str, np.ndarray]:
 def oracle(x: dict, where: dict) -> tuple[jax.Array, jax.Array]:
     """One head at a time."""
 
-    def step(b, t, h_HxKxN):
+    def step(token, h_HxKxN):
         new, ys = [], []
         for head in range(HEADS):
-            group, dt = head // (HEADS // GROUPS), x["dt"][b, t, head]
-            h = jnp.exp(dt * x["a"][head]) * h_HxKxN[head] + dt * jnp.outer(x["x"][b, t, head], x["b"][b, t, group])
+            group, dt = head // (HEADS // GROUPS), token["dt"][head]
+            h = jnp.exp(dt * x["a"][head]) * h_HxKxN[head] + dt * jnp.outer(token["x"][head], token["b"][group])
             new.append(h)
-            ys.append(h @ x["c"][b, t, group])
+            ys.append(h @ token["c"][group])
         return jnp.stack(new), jnp.stack(ys)
 
-    return sequential(step, x["h"], where)
+    return sequential(step, {name: x[name] for name in ("x", "dt", "b", "c")}, x["h"], where)
 
 
 def run(x: dict, where: dict, implementation: str | None, chunk: int = 4) -> tuple[jax.Array, jax.Array]:

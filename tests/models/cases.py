@@ -4,18 +4,19 @@ import dataclasses
 
 from research.config import MixerConfig
 from research.models.attention import Attention
+from research.models.gated_delta import GatedDelta
+from research.models.h3 import H3
 from research.models.latent_attention import LatentAttention
+from research.models.mamba import Mamba
+from research.models.mamba2 import Mamba2
 from research.models.mixers import Parallel
 from research.models.mlp import GatedMlp, Mlp
 from research.models.moe import Moe
-from research.models.gated_delta import GatedDelta
 from research.models.rglru import RgLru
+from research.models.rope import RopeScaling
 from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
 from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
-from research.models.rope import RopeScaling
-from research.models.h3 import H3
-from research.models.mamba import Mamba
-from research.models.mamba2 import Mamba2
+from research.models.s4 import S4
 from research.models.s4d import S4d
 from tests.spikes.pallas_scale import PallasScale
 from tests.spikes.recurrence import LinearRecurrence
@@ -31,12 +32,14 @@ class Case:
     Attributes:
       sideways: does an output depend on earlier tokens of its row?
       exact: do packing, prefill and steps give the same? If not, `why`.
+      sharded: is it in the sharded battery? One case a row and layout is enough: compiling is nearly all it costs.
       extra_flops: what the implementation spends per token above the algorithmic `flops`, and `why`.
     """
 
     cfg: MixerConfig
     sideways: bool = True
     exact: bool = True
+    sharded: bool = True
     extra_flops: float = 0.0
     why: str = ""
 
@@ -87,16 +90,11 @@ CASES: dict[str, dict[str, Case]] = {
     "Mamba": {
         "plain": Case(Mamba(state=4)),
         "norms_reference": Case(
-            Mamba(expand=1, state=3, conv=3, dt_rank=2, norms=True, conv_bias=False, implementation="reference")
+            Mamba(expand=1, state=3, conv=3, dt_rank=2, norms=True, conv_bias=False, implementation="reference"),
+            sharded=False,
         ),
     },
-    "Mamba2": {
-        "chunks": Case(Mamba2(head_dim=4, groups=2, state=3, chunk=4)),
-        "one_chunk_one_group": Case(Mamba2(expand=1, head_dim=4, state=3, conv=3)),
-        "reference": Case(
-            Mamba2(expand=1, head_dim=4, groups=2, state=3, conv_bias=False, norm_groups=1, implementation="reference")
-        ),
-    },
+    "Mamba2": {"chunks": Case(Mamba2(head_dim=4, groups=2, state=3, chunk=4))},
     "Mlp": {
         "gelu": Case(Mlp(hidden=24), sideways=False),
         "relu_squared_bias": Case(Mlp(hidden=24, activation="relu_squared", bias=True), sideways=False),
@@ -137,9 +135,13 @@ CASES: dict[str, dict[str, Case]] = {
             extra_flops=16.0 * DIM * 4,
             why=WITHIN_CHUNKS,
         )
+    },
+    "S4": {"legs": Case(S4(state=4))},
     "S4d": {
         "lin": Case(S4d(state=4)),
-        "real_bilinear": Case(S4d(state=3, init="real", discretization="bilinear", implementation="chunked")),
+        "real_bilinear": Case(
+            S4d(state=3, init="real", discretization="bilinear", implementation="reference"), sharded=False
+        ),
     },
     "ValueResidual": {"plain": Case(ValueResidual(width=12), sideways=False)},
 }
