@@ -30,7 +30,7 @@ STEEPEST_ROOT = 1000.0  # the derivative of the square root is bounded by it, as
 class RgLru(MixerConfig):
     """`width` of the state, None = dim. `heads`: blocks of the gates' weights. `conv`: taps of the convolution.
 
-    `depth`: residual branches of the model (two a layer in Griffin); the output starts at sqrt(2 / depth).
+    `depth`: layers of the model, each with its MLP; the output's initial values are sqrt(2 / depth) times those of the rest.
     """
 
     heads: Positive

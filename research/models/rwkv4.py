@@ -25,10 +25,10 @@ SUMS = ("numerator_BxN", "denominator_BxN", "exponent_BxN")  # of the state, in 
 
 @dataclasses.dataclass(frozen=True)
 class Rwkv4TimeMix(MixerConfig):
-    """`width` of the state, None = dim. `depth`: layers of the model, over which the initial values change."""
+    """`depth`: layers of the model, over which the initial values change. `width` of the state, None = dim."""
 
+    depth: Positive
     width: Positive | None = None
-    depth: Positive = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Rwkv4ChannelMix(MixerConfig):
     """`depth`: layers of the model, over which the initial values change."""
 
     hidden: Positive
-    depth: Positive = 1
+    depth: Positive
 
 
 def progress(ctx: Context, depth: int) -> tuple[jax.Array, jax.Array]:
-    """How deep the layer is: from 0 in the first to 1 in the last; and from 1 in the first to 1/depth in the last."""
-    layer = jnp.float32(0) if ctx.layer is None else ctx.layer.astype(jnp.float32)
+    """How deep the layer is: from 0 in the first to 1 in the last; and from 1 in the first to 1/depth in the last. Layers
+    beyond `depth` are as the last one."""
+    layer = jnp.float32(0) if ctx.layer is None else jnp.minimum(ctx.layer, depth - 1).astype(jnp.float32)
     return layer / max(depth - 1, 1), 1.0 - layer / depth
 
 

@@ -30,15 +30,15 @@ RANKS = {"w": (1.8, 0.5), "a": (1.8, 0.5), "v": (1.3, 0.5), "g": (0.6, 0.8)}  # 
 
 @dataclasses.dataclass(frozen=True)
 class Rwkv7TimeMix(MixerConfig):
-    """`*_rank`: of the low-rank parts, None = what the authors suggest for the width. `depth`: layers of the model, over which
-    the initial values change. `chunk`: tokens whose products are taken at once."""
+    """`depth`: layers of the model, over which the initial values change. `*_rank`: of the low-rank parts, None = what the
+    authors suggest for the width. `chunk`: tokens whose products are taken at once."""
 
+    depth: Positive
     head_dim: Positive = 64
     decay_rank: Positive | None = None
     rate_rank: Positive | None = None
     value_rank: Positive | None = None
     gate_rank: Positive | None = None
-    depth: Positive = 1
     chunk: Positive = 32
 
     def check(self, dim: int) -> None:
@@ -59,7 +59,7 @@ class Rwkv7ChannelMix(MixerConfig):
     """`depth`: layers of the model, over which the initial values change."""
 
     hidden: Positive
-    depth: Positive = 1
+    depth: Positive
 
 
 def uniform(size: float) -> Initializer:

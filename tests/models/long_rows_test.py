@@ -19,10 +19,10 @@ RECURRENT = {
     "gated delta": GatedDelta(heads=2, key_dim=8),
     "gated linear": GatedDelta(heads=2, key_dim=8, delta=False),
     "rglru": RgLru(heads=2),
-    "rwkv4 time mix": Rwkv4TimeMix(),
-    "rwkv4 channel mix": Rwkv4ChannelMix(hidden=32),
-    "rwkv7 time mix": Rwkv7TimeMix(head_dim=8, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4),
-    "rwkv7 channel mix": Rwkv7ChannelMix(hidden=32),
+    "rwkv4 time mix": Rwkv4TimeMix(depth=1),
+    "rwkv4 channel mix": Rwkv4ChannelMix(hidden=32, depth=1),
+    "rwkv7 time mix": Rwkv7TimeMix(depth=1, head_dim=8, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4),
+    "rwkv7 channel mix": Rwkv7ChannelMix(hidden=32, depth=1),
 }
 every_mixer = pytest.mark.parametrize("cfg", RECURRENT.values(), ids=RECURRENT)
 

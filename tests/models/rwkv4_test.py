@@ -1,5 +1,6 @@
 """RWKV-4 is transformers' RwkvForCausalLM: the same initial values, the same logits and steps from the same weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -109,6 +110,14 @@ def test_initial_values_are_published():
     np.testing.assert_allclose(value @ value.T, np.eye(DIM) * WIDTH / DIM, atol=1e-5)
     for name in ("time_mix_0/key", "time_mix_0/receptance", "time_mix_0/output", "channel_mix_1/value"):
         assert not np.any(init[f"{STAGE}/rwkv4_{name}"]), name
+
+
+def test_layers_beyond_the_depth_are_as_the_last():
+    deeper = dataclasses.replace(MODEL.cfg, stages=(Stage(PATTERN, LAYERS + 2),))
+    init = flatten(jax.jit(LanguageModel(deeper).init, compiler_options=QUICK)(jax.random.key(0)))
+    for path, value in init.items():
+        if "/time_" in path:
+            np.testing.assert_array_equal(value[LAYERS:], np.broadcast_to(value[LAYERS - 1], value[LAYERS:].shape))
 
 
 def fresh() -> dict:
