@@ -80,7 +80,7 @@ CASES: dict[str, dict[str, Case]] = {
         "v3": Case(LatentAttention(heads=2, kv_rank=8, nope_dim=4, rope_dim=2, value_dim=5, query_rank=8)),
         "direct_query_yarn": Case(
             LatentAttention(
-                heads=3, kv_rank=4, nope_dim=3, rope_dim=4, value_dim=3, scale=0.3,
+                heads=4, kv_rank=4, nope_dim=3, rope_dim=4, value_dim=3, scale=0.3,
                 rope_scaling=RopeScaling("yarn", 4.0, 8, high=2.0, magnitude=1.0), implementation="chunked",
             )
         ),
