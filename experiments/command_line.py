@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from configs import preset
 from research.config import nearest, override, parse_assignments
 from research.errors import Diverged, InputError, Interrupted
-from research.schema import EXIT_BAD_INPUT, Config
+from research.schema import BACKSTOP, EXIT_BAD_INPUT, HEARTBEAT, Config
 
 OURS = ("kernels", "research", "configs", "experiments", "tools")
 
@@ -111,9 +111,12 @@ def set_up_jax() -> None:
 def join_job() -> None:
     """jax.distributed, where the environment says that this is one process of several.
 
-    On the hosts of a TPU slice, the runtime's own variables do. Elsewhere set JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID; CPU processes then talk through gloo.
+    On the hosts of a TPU slice, the runtime's own variables do, and with --distributed those of SLURM or Open MPI. Elsewhere
+    set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; CPU processes then talk through gloo.
     """
+    heartbeat = flags.FLAGS["heartbeat"].value if "heartbeat" in flags.FLAGS else HEARTBEAT
+    backstop = max(1, round(BACKSTOP * heartbeat))
+    asked = "distributed" in flags.FLAGS and flags.FLAGS["distributed"].value
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if name in os.environ]
     if given:
@@ -124,9 +127,14 @@ def join_job() -> None:
         if not count.isdigit() or not index.isdigit() or int(index) >= int(count):
             raise InputError("JAX_PROCESS_ID", f"{index!r} of JAX_NUM_PROCESSES={count!r}", "count processes from 0")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(address, int(count), int(index))
-    elif "," in (os.environ["TPU_WORKER_HOSTNAMES"] if "TPU_WORKER_HOSTNAMES" in os.environ else ""):
-        jax.distributed.initialize()
+        jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=backstop)
+    elif asked or "," in (os.environ["TPU_WORKER_HOSTNAMES"] if "TPU_WORKER_HOSTNAMES" in os.environ else ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=backstop)
+        except ValueError as error:
+            raise InputError("--distributed", f"no job of several processes was found here ({error})",
+                             "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from None
 
 
 def run(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> None:

@@ -11,6 +11,7 @@ from absl import flags
 
 from experiments import command_line
 from research.errors import InputError
+from research.schema import HEARTBEAT
 from research.training.loop import Launch, run
 
 command_line.define_config_flags()
@@ -22,6 +23,9 @@ flags.DEFINE_string("prediction", None, "A prediction file to register at step 0
 flags.DEFINE_integer("profile_steps", 0, "Trace so many steps for TensorBoard's profile tab.", lower_bound=0)
 flags.DEFINE_string("webhook", None, "An address that is sent one JSON POST at the end of the run, or when it fails.")
 flags.DEFINE_string("wandb", None, "A Weights & Biases project to mirror the run in (needs the package wandb).")
+flags.DEFINE_float("heartbeat", HEARTBEAT, "Seconds without a sign of life after which a process of several is lost; "
+                   "the others name it and end with 75.", lower_bound=0.5)
+flags.DEFINE_boolean("distributed", False, "Join the job that Cloud TPU, SLURM or Open MPI describes to this process.")
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
@@ -31,7 +35,7 @@ def main(_: list[str]) -> int:
         raise InputError("--workdir", "is missing", "name a directory for the run, e.g. --workdir=runs/first")
     config, preset = command_line.configured()
     launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps,
-                    webhook=FLAGS.webhook, wandb=FLAGS.wandb)
+                    webhook=FLAGS.webhook, wandb=FLAGS.wandb, heartbeat=FLAGS.heartbeat)
     result = run(config, launch)
     if FLAGS.json:
         command_line.print_json(result)

@@ -14,6 +14,9 @@ SCHEMA_VERSION = 1
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 2, 3, 75
 
+HEARTBEAT = 10.0  # seconds without a sign of life after which a process of several is lost; jax's own waits BACKSTOP as long
+BACKSTOP = 3
+
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 PREDICTION_FILE = "prediction.json"

@@ -24,6 +24,7 @@ from research.schema import PREDICTION_FILE, RESULT_FILE, TOKENIZER, Config
 from research.training import step as steps
 from research.training.averaging import averages, evaluation_params
 from research.training.checkpoint import Checkpointer, initialise_from
+from research.training.gang import Gang
 from research.training.metrics import Clock, Recorder, Speed, run_name
 from research.training.mirrors import Announced, WandbMirror, check_wandb
 from research.training.program import BATCH_FIELDS, Program, make_program
@@ -46,7 +47,8 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
     if launch.wandb:
         check_wandb()
     announced = Announced(launch.webhook if first else None, name, launch.workdir)
-    with announced, clock.measure("initialising"), contextlib.ExitStack() as stack:
+    with (announced, clock.measure("initialising"), Gang(clock, workdir, launch.heartbeat) as gang,
+          contextlib.ExitStack() as stack, gang.failures()):
         program = make_program(config)
         known = check_config(workdir, config) if workdir.exists() else False
         if launch.prediction and not os.path.exists(launch.prediction):
@@ -75,11 +77,11 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
             stack.callback(recorder.close)
             recorder.hparams(config, name)
             recorder.layout([validation.name for validation in config.data.validation])
-        ledger = Ledger(workdir) if first else None
+        ledger = gang.ledger = Ledger(workdir) if first else None
         bar = stack.enter_context(_progress(config, start, launch.quiet))
         session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock,
                           steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
-                          evaluation_params(config, program.layout.shardings.params), evaluated)
+                          evaluation_params(config, program.layout.shardings.params), evaluated, gang)
         session.note("resumed" if start else "started", start)
         state, number = _train(session, state, start)
         result = finish(session, state, start, number)
@@ -176,10 +178,11 @@ def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState,
         batches = iter(loader)
         for number in range(start + 1, train.steps + 1):
             began = time.monotonic()
+            session.gang.step(number)
             with clock.measure("data_wait"):
                 batch = put_batch(next(batches), layout.batch())
             wait = time.monotonic() - began
-            with _profile(session, number - start), jax.transfer_guard("disallow"):
+            with _profile(session, number - start), jax.transfer_guard("disallow"), session.gang.blocked():
                 state, metrics = compiled(state, None, batch)
             if pending:
                 _report(session, speed, *pending)
@@ -238,7 +241,8 @@ def _save_due(config: Config, number: int, saved_at: float) -> bool:
 def _report(session: Session, speed: Speed, number: int, metrics: Mapping[str, jax.Array]) -> None:
     """Reads a step's metrics; stops on a number that isn't finite; logs every `log_every` steps and the last."""
     config, program = session.program.config, session.program
-    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    with session.gang.blocked():
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
     for name in ("objective", "grad_norm"):
         if not math.isfinite(values[name]):
             raise Diverged(f"step {number}: {name} is {values[name]}; nothing since the last checkpoint was saved")

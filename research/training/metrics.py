@@ -147,6 +147,11 @@ class Clock:
             self._charge()
             self._stack.pop()
 
+    def current(self) -> str:
+        """The innermost category now; any thread may ask."""
+        inner = self._stack[-1:]
+        return inner[0] if inner else ""
+
     def total(self) -> float:
         self._charge()
         return sum(self.seconds.values())

@@ -5,8 +5,9 @@ from typing import Any
 
 from etils import epath
 
-from research.schema import METRICS_PREFIX, Config
+from research.schema import HEARTBEAT, METRICS_PREFIX, Config
 from research.training.checkpoint import Checkpointer
+from research.training.gang import Gang
 from research.training.metrics import Clock, Recorder
 from research.training.program import Program
 from research.training.workdir import Ledger, read_rows
@@ -16,7 +17,8 @@ from research.training.workdir import Ledger, read_rows
 class Launch:
     """How a run is started, apart from its config. `minutes`: stop cleanly after so long, to go on with the next call.
 
-    `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in.
+    `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in;
+    `heartbeat`: seconds without a sign of life after which another process of the job is lost (gang.py).
     """
 
     workdir: str
@@ -27,6 +29,7 @@ class Launch:
     quiet: bool = False
     webhook: str | None = None
     wandb: str | None = None
+    heartbeat: float = HEARTBEAT
 
 
 @dataclasses.dataclass
@@ -46,6 +49,7 @@ class Session:
     bar: Any
     averaged: Any  # state -> the parameters to evaluate
     evaluated: dict[tuple[int, str], tuple[float, float]]  # (step, set) -> (loss, se)
+    gang: Gang
 
     def note(self, event: str, step: int, **details: Any) -> None:
         """A line of the ledger, on the process that keeps it."""
