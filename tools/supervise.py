@@ -78,7 +78,7 @@ def wait(job: Sequence[subprocess.Popen], grace: float, asked: Sequence[int]) ->
             final = [process.returncode for process in job if process.returncode in _FINAL]
             return final[0] if final else EXIT_INTERRUPTED if code < 0 else code
         if deadline is not None and time.monotonic() > deadline:
-            logging.warning("%d of %d processes are still there after %.0f s: killed", len(running), len(job), grace)
+            logging.warning("%d of %d processes are still there: killed", len(running), len(job))
             for process in running:
                 process.kill()
             deadline = None

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 _ODD = 2654435761  # Knuth's multiplicative hash: the odd number nearest 2^32 / golden ratio
 
 
-def _checksum(x: jax.Array) -> jax.Array:
+def checksum(x: jax.Array) -> jax.Array:
+    """The uint32 checksum of one array."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
@@ -26,7 +27,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit)
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
+    return jnp.stack([checksum(leaf) for leaf in leaves])
 
 
 def checksums(trees: Mapping[str, Any]) -> dict[str, int]:

@@ -67,7 +67,7 @@ class Beat:
     step: int = 0
     still: float = 0.0  # since phase or step changed
     own: float = 0.0  # median a step outside the collectives
-    pace: float = 0.0  # median a step
+    pace: float = 0.0  # median a step; both 0 before there are enough steps
     left: int | None = None
     why: str = ""
 
@@ -131,13 +131,14 @@ def notices(roll: Roll, heartbeat: float) -> dict[str, str]:
     found, here = {}, {process: beat for process, (beat, _) in sorted(roll.items()) if beat.left is None}
     if here and standing(roll, max(heartbeat, 5 * max(beat.pace for beat in here.values()))):
         for process in behind(roll):
-            beat = here[process]
-            found[f"late {process} {beat.step}"] = (
-                f"{name(process, beat)} is late: {beat.still:.0f} s in {beat.phase}, step {beat.step}; the others wait")
-    for process, beat in here.items():
-        others = [other.own for number, other in here.items() if number != process]
-        usual = statistics.median(others) if others else beat.own
-        if beat.own > 2 * usual and beat.own - usual > 0.25 * beat.pace:
+            beat, silence = roll[process]
+            if beat.phase not in _SILENT_PHASES:
+                found[f"late {process} {beat.step}"] = (f"{name(process, beat)} is late: {beat.still + silence:.0f} s in "
+                                                        f"{beat.phase}, step {beat.step}; the others wait")
+    timed = {process: beat for process, beat in here.items() if beat.pace}
+    for process, beat in timed.items():
+        others = [other.own for number, other in timed.items() if number != process]
+        if others and beat.own > 2 * (usual := statistics.median(others)) and beat.own - usual > 0.25 * beat.pace:
             found[f"straggler {process}"] = (f"{name(process, beat)} is a straggler: {beat.own:.3f} s a step outside "
                                              f"the collectives, the others' median is {usual:.3f} s")
     return found
@@ -160,7 +161,7 @@ class Gang:
         self._word: dict[str, Any] = {"silent": [], "notices": {}}  # what process 0 says
         self._verdict: Verdict | None = None
         self._said: set[str] = set()
-        self._leaving, self._told = threading.Event(), threading.Event()
+        self._leaving, self._told, self._ending = threading.Event(), threading.Event(), threading.Event()
 
     def step(self, number: int) -> None:
         """The loop begins step `number`."""
@@ -206,7 +207,8 @@ class Gang:
         if not self._several or error is None or isinstance(error, (InputError, Diverged, Interrupted, KeyboardInterrupt)):
             return
         logging.error("%s; is another process lost?", str(error).strip().splitlines()[0] if str(error) else repr(error))
-        time.sleep(self._heartbeat + 3 * self._every)
+        if self._ending.wait(self._heartbeat + 3 * self._every):
+            threading.Event().wait()  # the judge ends this process
         traceback.print_exception(error)
         self.__exit__(None, error, None)
         self._exit(1)
@@ -221,7 +223,7 @@ class Gang:
                 place, since = (phase, self._step), now
             still = now - since
             times = list(self._times)
-            pace, own = (statistics.median(column) for column in zip(*times)) if times else (0.0, 0.0)
+            pace, own = (statistics.median(column) for column in zip(*times)) if len(times) == _WINDOW else (0.0, 0.0)
             beat = Beat(count, self._host, phase, self._step, still, own, pace, self._left, self._why)
             try:
                 self._exchange(client, beat)
@@ -270,15 +272,16 @@ class Gang:
             looked = now
             for about, text in self._word["notices"].items():
                 if about not in self._said:
+                    self._said.add(about)
                     logging.warning("%s", text)
                     self._note(text)
-            self._said = set(self._word["notices"])
             if verdict := judge(self._roll(), self._heartbeat):
                 if self._process == 1:  # it is about process 0, which keeps the ledger
                     Ledger(self._workdir).write("alarm", self._step, reason=verdict.text)
                 self._end(verdict)
 
     def _end(self, verdict: Verdict) -> None:
+        self._ending.set()
         logging.error("%s; process %d (%s) ends with %d", verdict.text, self._process, self._host, verdict.code)
         if self._process == 0:
             self._note(verdict.text)

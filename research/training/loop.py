@@ -29,6 +29,7 @@ from research.training.metrics import Clock, Recorder, Speed, run_name
 from research.training.mirrors import Announced, WandbMirror, check_wandb
 from research.training.program import BATCH_FIELDS, Program, make_program
 from research.training.reporting import evaluate_sets, finish, model_utilization, sample_text, saturated
+from research.training.replicas import disagreements
 from research.training.session import Launch, Session, evaluated_until
 from research.training.state import TrainState, init_state, restart_from
 from research.training.workdir import Ledger, Lock, check_config, write_config
@@ -277,7 +278,16 @@ def resident_bytes() -> int:
 
 
 def _save(session: Session, state: TrainState, number: int) -> None:
+    """Saves, unless replicas of the state differ: what a faulty device has made is never saved.
+
+    Raises:
+      Interrupted: they do; a restart goes on from the last checkpoint.
+    """
     with session.clock.measure("saving"):
+        if corrupted := disagreements(state):
+            reason = f"silent corruption: replicas differ on {'; '.join(corrupted[:4])}"
+            session.note("alarm", number, reason=reason)
+            raise Interrupted(f"step {number}: {reason}; the same command goes on from the last checkpoint")
         config = session.program.config
         averaged = session.averaged(state) if averages(config) else None
         session.checkpointer.save(state, {"sample": number * config.train.batch_size}, averaged)
