@@ -50,6 +50,7 @@ def launch(command: Sequence[str], processes: int,
             copiers.append(threading.Thread(target=_copy, args=(source, target.buffer, f"[{index}] ".encode()), daemon=True))
             copiers[-1].start()
         started.append(process)
+        logging.info("process %d is pid %d", index, process.pid)
     return started, copiers
 
 
@@ -80,9 +81,14 @@ def wait(job: Sequence[subprocess.Popen], grace: float, asked: Sequence[int]) ->
         if deadline is not None and time.monotonic() > deadline:
             logging.warning("%d of %d processes are still there: killed", len(running), len(job))
             for process in running:
-                process.kill()
+                _kill(process)
             deadline = None
         time.sleep(0.05)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """With what it has started: each process of the job leads a group of its own. A stopped one dies, too."""
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def _words(code: int) -> str:
@@ -106,7 +112,7 @@ def supervise(command: Sequence[str], processes: int, max_restarts: int, grace: 
         finally:
             for process in job:
                 if process.poll() is None:
-                    process.kill()
+                    _kill(process)
             for copier in copiers:
                 copier.join(timeout=5)
         if code == EXIT_DONE or code in _FINAL or asked:

@@ -52,7 +52,8 @@ from research.training.metrics import Clock
 from research.training.workdir import Ledger
 
 _SILENT_PHASES = {"initialising": math.inf, "compiling": 2.0}  # heartbeats to wait for a beat; 1 in the others
-_WORKING = ("training", "data_wait")
+_STEPPING = ("training", "repeated")
+_WORKING = (*_STEPPING, "data_wait")
 _WINDOW = 20  # steps that medians are taken over
 _runs = itertools.count()
 
@@ -93,7 +94,7 @@ def lost(roll: Roll, heartbeat: float, *, phases: Mapping[str, float] = _SILENT_
 
 def behind(roll: Roll) -> list[int]:
     """Whom the others wait for: fewest steps, then not yet waiting for the devices; [] where all are alike."""
-    places = {process: (beat.step, beat.phase == "training") for process, (beat, _) in sorted(roll.items()) if beat.left is None}
+    places = {process: (beat.step, beat.phase in _STEPPING) for process, (beat, _) in sorted(roll.items()) if beat.left is None}
     found = [process for process, place in places.items() if place == min(places.values())]
     return found if len(found) < len(places) else []
 
@@ -188,10 +189,8 @@ class Gang:
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         if self._several:
-            self._left = EXIT_DONE if error is None else getattr(error, "exit_code", EXIT_INTERRUPTED)
-            self._why = str(error)
-            self._leaving.set()
-            self._told.wait(2 * self._every)
+            ours = isinstance(error, (InputError, Diverged, Interrupted))
+            self._leave(EXIT_DONE if error is None else error.exit_code if ours else EXIT_INTERRUPTED, str(error))
 
     def failures(self) -> contextlib.ExitStack:
         """Goes around the run, inside of all that waits for other processes when it is closed.
@@ -204,14 +203,20 @@ class Gang:
         return stack
 
     def _failing(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if not self._several or error is None or isinstance(error, (InputError, Diverged, Interrupted, KeyboardInterrupt)):
+        if not self._several or error is None or isinstance(error, (
+                InputError, Diverged, Interrupted, KeyboardInterrupt, SystemExit)):
             return
         logging.error("%s; is another process lost?", str(error).strip().splitlines()[0] if str(error) else repr(error))
         if self._ending.wait(self._heartbeat + 3 * self._every):
             threading.Event().wait()  # the judge ends this process
         traceback.print_exception(error)
-        self.__exit__(None, error, None)
+        self._leave(1, str(error))
         self._exit(1)
+
+    def _leave(self, code: int, why: str) -> None:
+        self._left, self._why = code, why
+        self._leaving.set()
+        self._told.wait(2 * self._every)
 
     def _tell_on(self) -> None:
         client = distributed.global_state.client

@@ -62,7 +62,7 @@ def test_what_a_faulty_device_made_is_never_saved(devices, tmp_path, monkeypatch
     assert run(config, Launch(str(tmp_path / "run"), preset("debug"), quiet=True))["steps"] == 6
 
 
-@pytest.mark.parametrize("rules", ["dp", "fsdp", "tp"])
+@pytest.mark.parametrize("rules", ["dp", "fsdp", "fsdp_tp"])
 def test_a_fresh_state_agrees(devices, rules):
     program = make_program(small(mesh__rules=rules), devices)
     state = init_state(program.model.init, program.optimizer, program.layout, 0)
