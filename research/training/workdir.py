@@ -1,5 +1,6 @@
 """The run directory: one job at a time, the resolved config, the ledger, the result."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -22,6 +23,16 @@ from research.schema import CONFIG_FILE, LEDGER_EVENTS, LEDGER_PREFIX, LOCK_FILE
 FREE = ("mesh.", "checkpoint.", "data.cache_dir", "train.log_every", "train.eval_every", "train.sample_every",
         "train.sample_prompt")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "grain")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a write failed because there was no room (TensorStore has the code in the words of a ValueError)."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(f"[os_error_code='{code}']" in str(error) for code in FULL)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -146,13 +157,45 @@ class Parts:
         self._lines: list[str] = []
 
     def write(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row, allow_nan=False) + "\n"
+        """While the disk is full, rows wait in memory for one that can be written."""
+        self._lines.append(json.dumps(row, allow_nan=False) + "\n")
         if is_remote(self._path):
-            self._lines.append(line)
             self._path.write_text("".join(self._lines))
             return
-        with open(os.fspath(self._path), "a") as file:
-            file.write(line)
+        path = os.fspath(self._path)
+        length = os.path.getsize(path) if os.path.exists(path) else 0
+        try:
+            with open(path, "a") as file:
+                file.write("".join(self._lines))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if os.path.exists(path):
+                os.truncate(path, length)  # no half of a line
+            return
+        self._lines = []
+
+
+class PatientFile:
+    """A binary file for TensorBoard's writer: while the disk is full, what is flushed waits in memory."""
+
+    def __init__(self, path: str):
+        self._file, self._waiting = open(path, "ab", buffering=0), bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._waiting += data
+
+    def flush(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[:self._file.write(self._waiting)]
+        except OSError as error:
+            if not is_full(error):
+                raise
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
 
 
 def paths(workdir: epath.Path, prefix: str) -> list[epath.Path]:
