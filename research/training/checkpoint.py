@@ -63,11 +63,15 @@ class Checkpointer:
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._first and (names := manifest.remove_unfinished(self._directory)):
             logging.warning("removed what a save that was cut short has left: %s", ", ".join(names))
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=self._sign))
+        self._writer = self._open_writer()
+        self._found_good: dict[int, bool] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future | None = None
         self._being_saved: tuple[int, Callable[[], dict[str, int]]] | None = None  # the step, and what waits for its checksums
+
+    def _open_writer(self) -> ocp.AsyncCheckpointer:
+        options = ocp.options.AsyncOptions(post_finalization_callback=self._sign)
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -123,6 +127,7 @@ class Checkpointer:
             self._writer.wait_until_finished()
             if self._first:
                 manifest.complete_manifest(self._directory / str(step), step)
+                self._found_good[step] = True  # it was just read
                 for old in steps_to_delete(self.saved_steps(), self._good, self._config, self._average):
                     manifest.delete_step(self._directory, old)
         except (OSError, ValueError) as error:
@@ -133,19 +138,21 @@ class Checkpointer:
         ocp.multihost.get_barrier_sync_fn()(key=f"checkpoint_{step}", timeout_ms=1000 * FINISH_SECONDS)
 
     def _good(self, step: int) -> bool:
-        """For `steps_to_delete`: the step just written was read back; the one before it is read again, others are counted."""
-        newest = self.saved_steps()[-2:]
-        try:
-            check_step(self._directory / str(step), step, contents=step == newest[0])
-        except BrokenStep as error:
-            logging.warning("%s", error)
-            return False
-        return True
+        """For `steps_to_delete`. The step before the newest is read again at each save, the others once in a launch."""
+        if step not in self._found_good or step in self.saved_steps()[-2:-1]:
+            try:
+                check_step(self._directory / str(step), step)
+                self._found_good[step] = True
+            except BrokenStep as error:
+                logging.warning("%s", error)
+                self._found_good[step] = False
+        return self._found_good[step]
 
     def _give_up(self, step: int, error: Exception) -> None:
         """The disk is full: removes the half-written step and says so. Raises `error` where it is another one."""
         if not is_full(error):
             raise error
+        self._writer = self._open_writer()  # the old one would raise this again
         if self._first:
             manifest.remove_unfinished(self._directory)
         last = self.latest_step()

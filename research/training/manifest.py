@@ -69,10 +69,8 @@ def read_manifest(directory: epath.Path, step: int) -> dict[str, Any]:
     return manifest
 
 
-def check_step(directory: epath.Path, step: int, *, items: tuple[str, ...] = (), contents: bool = True) -> dict[str, Any]:
-    """The manifest of `step`, after a look at every file; of the subdirectories at `items` alone, where given.
-
-    `contents=False` compares names and sizes only.
+def check_step(directory: epath.Path, step: int, *, items: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The manifest of `step`, after every file was read; of the subdirectories at `items` alone, where given.
 
     Raises:
       BrokenStep: a file is missing, cut short, changed, not in the manifest, or a link.
@@ -90,11 +88,10 @@ def check_step(directory: epath.Path, step: int, *, items: tuple[str, ...] = (),
     extra = [name for name in here if name not in manifest["files"] and name not in (MANIFEST, *LATE)]
     if extra:
         raise BrokenStep(step, f"{extra[0]} isn't in its {MANIFEST}")
-    if contents:
-        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            for name, found in zip(wanted, pool.map(lambda name: _read(here[name], name, step), wanted)):
-                if found != wanted[name]:
-                    raise BrokenStep(step, f"{name} doesn't have the contents it was saved with")
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        for name, found in zip(wanted, pool.map(lambda name: _read(here[name], name, step), wanted)):
+            if found != wanted[name]:
+                raise BrokenStep(step, f"{name} doesn't have the contents it was saved with")
     return manifest
 
 
