@@ -21,6 +21,7 @@ LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 QUARANTINE = "quarantine"  # under CHECKPOINTS
 TOKENIZER = "tokenizer"
+COMPILED = "compiled"
 METRICS_PREFIX = "metrics-"
 LEDGER_PREFIX = "ledger-"
 EVALUATION_PREFIX = "evaluation-"

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from research.errors import InputError
+from research.errors import InputError, is_full
 from research.params import flatten, unflatten
 from research.schema import CHECKPOINTS, SCHEMA_VERSION, CheckpointConfig
 from research.training import manifest
@@ -26,7 +26,6 @@ from research.training.averaging import averaged_steps
 from research.training.checksums import begin_checksums, checksums
 from research.training.manifest import BrokenStep, check_step
 from research.training.state import TrainState
-from research.training.workdir import is_full
 
 FINISH_SECONDS = 3600  # how long the processes of a job wait for each other at the end of a save
 
@@ -61,8 +60,8 @@ class Checkpointer:
         self._config, self._average, self._first = config, average, jax.process_index() == 0
         self._events: collections.deque[tuple[str, int, dict[str, Any]]] = collections.deque()
         self._directory.mkdir(parents=True, exist_ok=True)
-        if self._first and (names := manifest.remove_unfinished(self._directory)):
-            logging.warning("removed what a save that was cut short has left: %s", ", ".join(names))
+        if self._first:
+            manifest.remove_unfinished(self._directory)
         self._writer = self._open_writer()
         self._found_good: dict[int, bool] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(1)

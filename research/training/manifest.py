@@ -8,6 +8,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import time
 from typing import Any, Mapping
 
 from etils import epath
@@ -113,19 +114,29 @@ def delete_step(directory: epath.Path, step: int) -> None:
     doomed.rmtree(missing_ok=True)
 
 
-def remove_unfinished(directory: epath.Path) -> list[str]:
-    """Removes what a save or a deletion that was cut short has left; returns the names."""
-    removed = []
-    for path in list(directory.iterdir()):
+def unfinished(directory: epath.Path) -> list[epath.Path]:
+    """What a save or a deletion that was cut short has left."""
+    found = []
+    for path in directory.iterdir():
         # Object stores can't rename: Orbax writes the step in its place there, and says in a file that it is whole.
         cut = is_remote(directory) and path.name.isdigit() and not any((path / name).exists() for name in (MANIFEST, LATE[1]))
         if _TEMPORARY in path.name or path.name.startswith(_DELETED) or cut:
+            found.append(path)
+    return found
+
+
+def remove_unfinished(directory: epath.Path) -> None:
+    """Removes it; where something still writes there, until that has ended (10 seconds; the next start removes the rest)."""
+    still, tries = 0, 0
+    while still < (3 if tries else 1) and tries < 100:
+        for path in unfinished(directory):
+            still, tries = 0, tries + 1
             try:
                 path.unlink() if os.path.islink(path) or not path.is_dir() else path.rmtree(missing_ok=True)
-            except OSError:  # something still writes there; the next start finds it again
-                continue
-            removed.append(path.name)
-    return removed
+            except OSError:  # a file came while its directory was emptied
+                pass
+        still += not unfinished(directory)
+        time.sleep(0.1 if tries else 0)
 
 
 def written_directory(directory: epath.Path, step: int) -> epath.Path:

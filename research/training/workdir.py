@@ -1,6 +1,5 @@
 """The run directory: one job at a time, the resolved config, the ledger, the result."""
 
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -15,7 +14,7 @@ import jax
 from etils import epath
 
 from research.config import difference, from_json, to_json
-from research.errors import InputError
+from research.errors import InputError, is_full
 from research.models.mixers import kinds
 from research.schema import CONFIG_FILE, LEDGER_EVENTS, LEDGER_PREFIX, LOCK_FILE, RESULT_FILE, SCHEMA_VERSION, Config
 
@@ -23,16 +22,6 @@ from research.schema import CONFIG_FILE, LEDGER_EVENTS, LEDGER_PREFIX, LOCK_FILE
 FREE = ("mesh.", "checkpoint.", "data.cache_dir", "train.log_every", "train.eval_every", "train.sample_every",
         "train.sample_prompt")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "grain")
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
-
-
-def is_full(error: Exception) -> bool:
-    """Whether a write failed because there was no room (TensorStore has the code in the words of a ValueError)."""
-    if isinstance(error, OSError) and error.errno in FULL:
-        return True
-    return any(f"[os_error_code='{code}']" in str(error) for code in FULL)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
