@@ -10,8 +10,8 @@ from absl import app, flags, logging
 
 from configs import preset
 from research.config import nearest, override, parse_assignments
-from research.errors import Diverged, InputError, Interrupted
-from research.schema import BACKSTOP, EXIT_BAD_INPUT, HEARTBEAT, Config
+from research.errors import Diverged, InputError, Interrupted, is_full
+from research.schema import BACKSTOP, COMPILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, HEARTBEAT, Config
 
 OURS = ("kernels", "research", "configs", "experiments", "tools")
 
@@ -87,11 +87,16 @@ def _quiet_logs() -> None:
     handler = logging.get_absl_handler()
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ours = tuple(os.path.join(here, name) + os.sep for name in OURS)
-    handler.addFilter(lambda record: record.levelno >= 40 or record.pathname.startswith(ours))
+    handler.addFilter(lambda record: record.pathname.startswith(ours) or (record.levelno >= 40 and not _told(record)))
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
     handler.use_absl_log_file = lambda *args: None
     handler.python_handler.setFormatter(_Formatter())
+
+
+def _told(record: Any) -> bool:
+    """A full disk is one line of ours; Orbax and asyncio have pages on it."""
+    return bool(record.exc_info) and is_full(record.exc_info[1])
 
 
 class _Formatter(logging.PythonFormatter):
@@ -104,8 +109,17 @@ def set_up_jax() -> None:
     """The compilation cache ($RUNG_CACHE/xla), and this process's place in a job of several."""
     cache = os.path.expanduser(os.environ["RUNG_CACHE"] if "RUNG_CACHE" in os.environ else "~/.cache/rung")
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     join_job()
+
+
+def keep_compiled(workdir: str) -> None:
+    """What is compiled from here on is kept in WORKDIR/compiled: wherever the run goes on, nothing is compiled twice.
+
+    A cache that the user names, $RUNG_CACHE, stays: one for many runs.
+    """
+    if "RUNG_CACHE" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(workdir), COMPILED))
 
 
 def join_job() -> None:
@@ -153,5 +167,10 @@ def run(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> 
         except (Diverged, Interrupted) as error:
             print(f"{type(error).__name__.lower()}: {error}", file=sys.stderr)
             return error.exit_code
+        except OSError as error:
+            if not is_full(error):
+                raise
+            print(f"interrupted: {error}; make room, and the same command goes on", file=sys.stderr)
+            return EXIT_INTERRUPTED
 
     app.run(guarded, flags_parser=_parse)

@@ -33,6 +33,7 @@ FLAGS = flags.FLAGS
 def main(_: list[str]) -> int:
     if not FLAGS.workdir:
         raise InputError("--workdir", "is missing", "name a directory for the run, e.g. --workdir=runs/first")
+    command_line.keep_compiled(FLAGS.workdir)
     config, preset = command_line.configured()
     launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps,
                     webhook=FLAGS.webhook, wandb=FLAGS.wandb, heartbeat=FLAGS.heartbeat)

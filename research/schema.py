@@ -22,7 +22,9 @@ RESULT_FILE = "result.json"
 PREDICTION_FILE = "prediction.json"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
+QUARANTINE = "quarantine"  # under CHECKPOINTS
 TOKENIZER = "tokenizer"
+COMPILED = "compiled"
 METRICS_PREFIX = "metrics-"
 LEDGER_PREFIX = "ledger-"
 EVALUATION_PREFIX = "evaluation-"
@@ -226,12 +228,16 @@ class MeshConfig(Node):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Node):
-    """When to save (0 = never by that clock; always at the end) and what to keep."""
+    """When to save (0 = never by that clock; always at the end) and what to keep: the `keep_last` newest good ones.
+
+    `on_full`: when a save finds the disk full, go on training (and try again when the next is due), or stop with exit code 75.
+    """
 
     every_steps: Natural = 0
     every_minutes: NonNegative = 5.0
     keep_last: Positive = 2
     keep_every: Natural = 0
+    on_full: Literal["continue", "stop"] = "continue"
 
 
 @dataclasses.dataclass(frozen=True)

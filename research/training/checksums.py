@@ -5,7 +5,7 @@ so any change of a single element changes the sum; more changes are missed once 
 """
 
 import functools
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,14 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([checksum(leaf) for leaf in leaves])
 
 
+def begin_checksums(trees: Mapping[str, Any]) -> Callable[[], dict[str, int]]:
+    """Starts to compute `checksums(trees)` and returns at once; what is returned waits for them (on any thread)."""
+    found = jax.tree_util.tree_leaves_with_path(dict(trees))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    sums = _checksums([leaf for _, leaf in found]) if found else ()
+    return lambda: {path: int(value) for path, value in zip(paths, jax.device_get(sums))}
+
+
 def checksums(trees: Mapping[str, Any]) -> dict[str, int]:
     """Path in `trees` (nested dicts, optimizer states, ...) -> the checksum of its array."""
-    found = jax.tree_util.tree_leaves_with_path(dict(trees))
-    if not found:
-        return {}
-    values = jax.device_get(_checksums([leaf for _, leaf in found]))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for (path, _), value in zip(found, values)}
+    return begin_checksums(trees)()

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from typing import Any, Iterator, Mapping
@@ -27,6 +26,7 @@ from research.training.checkpoint import Checkpointer, initialise_from
 from research.training.gang import Gang
 from research.training.metrics import Clock, Recorder, Speed, run_name
 from research.training.mirrors import Announced, WandbMirror, check_wandb
+from research.training.preemption import exit_on_sigterm, stop_requests
 from research.training.program import BATCH_FIELDS, Program, make_program
 from research.training.reporting import evaluate_sets, finish, model_utilization, sample_text, saturated
 from research.training.replicas import disagreements
@@ -48,7 +48,7 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
     if launch.wandb:
         check_wandb()
     announced = Announced(launch.webhook if first else None, name, launch.workdir)
-    with (announced, clock.measure("initialising"), Gang(clock, workdir, launch.heartbeat) as gang,
+    with (announced, clock.measure("initialising"), exit_on_sigterm(), Gang(clock, workdir, launch.heartbeat) as gang,
           contextlib.ExitStack() as stack, gang.failures()):
         program = make_program(config)
         known = check_config(workdir, config) if workdir.exists() else False
@@ -83,6 +83,7 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
         session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock,
                           steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
                           evaluation_params(config, program.layout.shardings.params), evaluated, gang)
+        session.note_checkpoints()
         session.note("resumed" if start else "started", start)
         state, number = _train(session, state, start)
         result = finish(session, state, start, number)
@@ -138,29 +139,6 @@ def _progress(config: Config, start: int, quiet: bool) -> tqdm:
                 disable=quiet or jax.process_index() != 0 or not sys.stderr.isatty(), smoothing=0.1)
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[dict[str, str]]:
-    """Turns SIGINT and SIGTERM into an entry of the returned dict; a second SIGINT ends at once."""
-    asked: dict[str, str] = {}
-
-    def ask(number: int, _: Any) -> None:
-        if "signal" in asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked["signal"] = signal.Signals(number).name
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    except ValueError:  # not in the main thread: whoever owns it handles its signals
-        pass
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState, int]:
     """The steps after `start`; returns the last state and its step."""
     config, clock, program = session.program.config, session.clock, session.program
@@ -171,11 +149,10 @@ def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState,
         logging.info("compiling the step")
         compiled = program.compile()
     session.bar.unpause()  # the time left is that of steps, not of the compiler
-    deadline = time.monotonic() + 60 * session.launch.minutes if session.launch.minutes else math.inf
     loader = Loader(session.data.train, session.data.weights, config.seed, train.batch_size, train.microbatches,
                     jax.process_index(), jax.process_count(), start * train.batch_size)
     speed, pending, saved_at = Speed(), None, time.monotonic()
-    with contextlib.closing(loader), _stop_requests() as asked, clock.measure("training"):
+    with contextlib.closing(loader), stop_requests(session.launch.minutes) as requests, clock.measure("training"):
         batches = iter(loader)
         for number in range(start + 1, train.steps + 1):
             began = time.monotonic()
@@ -190,7 +167,8 @@ def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState,
             pending = (number, metrics)
             speed.add(time.monotonic() - began, wait)
             session.bar.update(1)
-            stop = "signal" in asked or time.monotonic() > deadline
+            session.note_checkpoints()
+            stop = requests.asked(number)
             evaluates = train.eval_every and number % train.eval_every == 0 and number < train.steps
             samples = train.sample_every and number % train.sample_every == 0 and number < train.steps
             saves = _save_due(config, number, saved_at) or stop or number == train.steps
@@ -213,7 +191,8 @@ def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState,
             if stop and number < train.steps:
                 with clock.measure("saving"):
                     session.checkpointer.wait()
-                session.note("preempted", number, reason=asked["signal"] if "signal" in asked else "minutes are over")
+                session.note_checkpoints()
+                session.note("preempted", number, reason=stop)
                 raise Interrupted(f"stopped after step {number} of {train.steps}; the same command goes on from there")
     return state, train.steps
 
@@ -291,4 +270,3 @@ def _save(session: Session, state: TrainState, number: int) -> None:
         config = session.program.config
         averaged = session.averaged(state) if averages(config) else None
         session.checkpointer.save(state, {"sample": number * config.train.batch_size}, averaged)
-    session.note("saved", number)

@@ -9,11 +9,12 @@ from typing import Any, Iterator, Mapping, Sequence
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams
 
 from research.config import difference, flatten
 from research.schema import METRICS_PREFIX, Config
-from research.training.workdir import Parts, truncate_rows
+from research.training.workdir import Parts, PatientFile, is_remote, truncate_rows
 
 # Columns of a metrics row -> TensorBoard tag; what isn't here keeps its name.
 TAGS = {"loss": "train/loss", "loss_se": "train/loss_se", "accuracy": "train/accuracy", "objective": "train/objective",
@@ -43,6 +44,21 @@ def tag_of(name: str) -> str:
     return name if "/" in name else f"train/{name}"
 
 
+class _Patient:
+    """Opens `patient:PATH` for tensorboardX. Its thread dies of a full disk otherwise, and then its queue blocks the run."""
+
+    PREFIX = "patient"
+
+    def open(self, path: str) -> PatientFile:
+        return PatientFile(path.removeprefix(f"{self.PREFIX}:"))
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{self.PREFIX}:"), exist_ok=True)
+
+
+register_writer_factory(_Patient.PREFIX, _Patient())
+
+
 class Recorder:
     """Writes rows from `start_step` on; rows of later steps (an interrupted run's) are dropped first, so none shows twice."""
 
@@ -51,7 +67,8 @@ class Recorder:
         truncate_rows(workdir, METRICS_PREFIX, start_step)
         self._parts = Parts(workdir, METRICS_PREFIX)
         self._mirror = mirror
-        self._board = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1 if start_step else None, flush_secs=20)
+        board = os.fspath(workdir) if is_remote(workdir) else f"{_Patient.PREFIX}:{os.path.abspath(workdir)}"
+        self._board = SummaryWriter(board, purge_step=start_step + 1 if start_step else None, flush_secs=20)
 
     def hparams(self, config: Config, name: str, final: Mapping[str, float] | None = None) -> None:
         """The run's settings for TensorBoard's hparams tab, under `name`, with the final metrics once there are some."""

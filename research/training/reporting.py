@@ -91,6 +91,7 @@ def finish(session: Session, state: TrainState, start: int, steps_done: int) -> 
     text = sample_text(session, session.averaged(state), steps_done) if config.train.sample_every else ""
     with clock.measure("saving"):
         session.checkpointer.wait()
+    session.note_checkpoints()
     if config.train.average:
         measured |= evaluate_sets(session, _average(session), steps_done, "/average")
     evaluations = {name: evaluation.summary for name, evaluation in measured.items()}

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from research.errors import Interrupted
 from research.schema import HEARTBEAT, METRICS_PREFIX, Config
 from research.training.checkpoint import Checkpointer
 from research.training.gang import Gang
@@ -55,6 +56,15 @@ class Session:
         """A line of the ledger, on the process that keeps it."""
         if self.ledger:
             self.ledger.write(event, step, **details)
+
+    def note_checkpoints(self) -> None:
+        """Enters what the checkpointer did since the last call. Raises Interrupted on a full disk, where that is asked for."""
+        events = self.checkpointer.events()
+        for event, step, details in events:
+            self.note(event, step, **details)
+        # One process alone can't stop the others here: they notice that it has gone.
+        if any(event == "alarm" for event, _, _ in events) and self.program.config.checkpoint.on_full == "stop":
+            raise Interrupted("the disk is full; make room, and the same command goes on from the last checkpoint")
 
 
 def evaluated_until(workdir: epath.Path, step: int) -> dict[tuple[int, str], tuple[float, float]]:
