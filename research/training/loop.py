@@ -265,6 +265,8 @@ def _save(session: Session, state: TrainState, number: int) -> None:
     with session.clock.measure("saving"):
         if corrupted := disagreements(state):
             reason = f"silent corruption: replicas differ on {'; '.join(corrupted[:4])}"
+            session.checkpointer.wait()
+            session.note_checkpoints()
             session.note("alarm", number, reason=reason)
             raise Interrupted(f"step {number}: {reason}; the same command goes on from the last checkpoint")
         config = session.program.config
