@@ -1,8 +1,8 @@
 """Checkpoints: one atomic Orbax composite a step, written in the background.
 
-checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights, a
-checksum for every array, verified when it is read); where what is evaluated isn't what is trained (an EMA,
-schedule-free's average), `averaged` has those parameters.
+checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index, what is skipped, the guard's memory) and meta
+(schema, step, weights, a checksum for every array, verified when it is read); where what is evaluated isn't what is
+trained (an EMA, schedule-free's average), `averaged` has those parameters.
 """
 
 import dataclasses
@@ -70,7 +70,12 @@ class Checkpointer:
     def saved_steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, data: Mapping[str, int], averaged: Any = None) -> None:
+    def delete_after(self, step: int) -> None:
+        """Deletes what was saved after `step`: of a past that the run leaves behind."""
+        for later in [saved for saved in self.saved_steps() if saved > step]:
+            self._manager.delete(later)
+
+    def save(self, state: TrainState, data: Mapping[str, Any], averaged: Any = None) -> None:
         """Copies the state off the devices, then writes in the background; a step already there is left alone.
 
         `averaged`: the parameters to evaluate, sample and export, where they aren't state.params.
@@ -88,7 +93,7 @@ class Checkpointer:
             items["averaged"] = ocp.args.StandardSave(averaged)
         self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, int]]:
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state saved at `step` (default: the latest), laid out like `abstract`, and the data position.
 
         Raises:

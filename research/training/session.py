@@ -1,13 +1,15 @@
 """How a run is started, and the parts of a running job that the loop and its reporting share."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable, Mapping
 
+import numpy as np
 from etils import epath
 
 from research.schema import METRICS_PREFIX, Config
 from research.training.checkpoint import Checkpointer
-from research.training.metrics import Clock, Recorder
+from research.training.goodput import Clock, Goodput
+from research.training.metrics import Recorder
 from research.training.program import Program
 from research.training.workdir import Ledger, read_rows
 
@@ -16,7 +18,9 @@ from research.training.workdir import Ledger, read_rows
 class Launch:
     """How a run is started, apart from its config. `minutes`: stop cleanly after so long, to go on with the next call.
 
-    `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in.
+    `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in. `fault`: for
+    tests and tools.chaos: (step, number of its first sample, this process's batch) -> the batch that is trained on instead;
+    called once for each step that is dispatched, so a passing fault goes by the call, one of the data by the sample.
     """
 
     workdir: str
@@ -27,6 +31,7 @@ class Launch:
     quiet: bool = False
     webhook: str | None = None
     wandb: str | None = None
+    fault: Callable[[int, int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None
 
 
 @dataclasses.dataclass
@@ -41,6 +46,7 @@ class Session:
     ledger: Ledger | None
     checkpointer: Checkpointer
     clock: Clock
+    goodput: Goodput
     nll: Any
     peak_flops: float
     bar: Any
