@@ -20,6 +20,7 @@ BACKSTOP = 3
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 PREDICTION_FILE = "prediction.json"
+GOODPUT_FILE = "goodput.json"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 QUARANTINE = "quarantine"  # under CHECKPOINTS
@@ -241,6 +242,24 @@ class CheckpointConfig(Node):
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig(Node):
+    """When the run goes back, and how often (training/guard.py).
+
+    A loss is a spike if for `patience` steps in a row it is more than `spike_zscore` robust standard deviations above the
+    median of the last `window` (0 = spikes are not looked for); a weight of `data.sources` that jumps can look like one. Not
+    finite is always an alarm. If it comes again on the same data: from a checkpoint `rollback_steps` before it, without
+    `skip_batches` batches. After `max_rollbacks` for one place the run ends (0 = at the first alarm).
+    """
+
+    spike_zscore: NonNegative = 8.0
+    window: Positive = 128
+    patience: Positive = 3
+    rollback_steps: Natural = 100
+    skip_batches: Positive = 200
+    max_rollbacks: Natural = 4
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Node):
     """Everything a run is; written whole to the run directory."""
 
@@ -251,6 +270,7 @@ class Config(Node):
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     seed: Natural = 0
 
     def validate(self):

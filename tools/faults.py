@@ -13,11 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
-from research.schema import CHECKPOINTS, EXIT_INTERRUPTED, LEDGER_PREFIX, METRICS_PREFIX, RESULT_FILE, Config
+from research.schema import CHECKPOINTS, LEDGER_PREFIX, METRICS_PREFIX, RESULT_FILE
 from research.training.workdir import read_rows
 
 _POLL = 0.002  # seconds

@@ -1,8 +1,9 @@
 """Checkpoints that can be trusted: one atomic Orbax composite a step, written in the background, checked when it is read.
 
-checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index), meta (schema, step, weights) and
-manifest.json (manifest.py: every file's size and hash, every array's checksum); where what is evaluated isn't what is trained
-(an EMA, schedule-free's average), `averaged` has those parameters. What fails is moved to checkpoints/quarantine/.
+checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index, what is skipped, the guard's memory), meta
+(schema, step, weights) and manifest.json (manifest.py: every file's size and hash, every array's checksum); where what is evaluated
+isn't what is trained (an EMA, schedule-free's average), `averaged` has those parameters. What fails is moved to
+checkpoints/quarantine/.
 """
 
 import collections
@@ -90,7 +91,15 @@ class Checkpointer:
         """What happened since the last call, as the ledger's (event, step, details): saved, quarantined, alarm (disk full)."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
-    def save(self, state: TrainState, data: Mapping[str, int], averaged: Any = None) -> None:
+    def delete_after(self, step: int) -> None:
+        """Deletes what was saved after `step`: of a past that the run leaves behind."""
+        self.wait()
+        for later in [saved for saved in self.saved_steps() if saved > step]:
+            if self._first:
+                manifest.delete_step(self._directory, later)
+        _agreed("")  # no process looks for them before they are gone
+
+    def save(self, state: TrainState, data: Mapping[str, Any], averaged: Any = None) -> None:
         """Copies the state off the devices, then writes in the background; a step already there is left alone.
 
         Waits for the save before, if that isn't done. A full disk is no error: see `events`.
@@ -159,8 +168,8 @@ class Checkpointer:
         logging.warning("%s", reason)
         self._events.append(("alarm", step, {"reason": reason}))
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, int]]:
-        """The state saved at `step` (default: the newest good one), laid out like `abstract`, and the data position.
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The state saved at `step` (default: the newest good one), laid out like `abstract`, and what `data` held.
 
         Without `step`, the broken ones that are newer than the newest good one are moved to checkpoints/quarantine/.
 
@@ -212,7 +221,7 @@ class Checkpointer:
         if flaw := _agreed(flaw):
             raise BrokenStep(step, flaw)
 
-    def _load(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, int]]:
+    def _load(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         place = self._directory / str(step)
         meta = self._writer.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         _same_arrays(meta["params"], describe_arrays(abstract.params))

@@ -48,7 +48,7 @@ from jax._src import distributed  # the coordinator's key-value store has no pub
 
 from research.errors import Diverged, InputError, Interrupted
 from research.schema import EXIT_DONE, EXIT_INTERRUPTED, HEARTBEAT
-from research.training.metrics import Clock
+from research.training.goodput import Clock
 from research.training.workdir import Ledger
 
 _SILENT_PHASES = {"initialising": math.inf, "compiling": 2.0}  # heartbeats to wait for a beat; 1 in the others

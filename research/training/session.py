@@ -1,15 +1,17 @@
 """How a run is started, and the parts of a running job that the loop and its reporting share."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable, Mapping
 
+import numpy as np
 from etils import epath
 
 from research.errors import Interrupted
 from research.schema import HEARTBEAT, METRICS_PREFIX, Config
 from research.training.checkpoint import Checkpointer
 from research.training.gang import Gang
-from research.training.metrics import Clock, Recorder
+from research.training.goodput import Clock, Goodput
+from research.training.metrics import Recorder
 from research.training.program import Program
 from research.training.workdir import Ledger, read_rows
 
@@ -19,7 +21,9 @@ class Launch:
     """How a run is started, apart from its config. `minutes`: stop cleanly after so long, to go on with the next call.
 
     `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in;
-    `heartbeat`: seconds without a sign of life after which another process of the job is lost (gang.py).
+    `heartbeat`: seconds without a sign of life after which another process of the job is lost (gang.py). `fault`: for
+    tests and tools.chaos: (step, number of its first sample, this process's batch) -> the batch that is trained on instead;
+    called once for each step that is dispatched, so a passing fault goes by the call, one of the data by the sample.
     """
 
     workdir: str
@@ -31,6 +35,7 @@ class Launch:
     webhook: str | None = None
     wandb: str | None = None
     heartbeat: float = HEARTBEAT
+    fault: Callable[[int, int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None
 
 
 @dataclasses.dataclass
@@ -45,6 +50,7 @@ class Session:
     ledger: Ledger | None
     checkpointer: Checkpointer
     clock: Clock
+    goodput: Goodput
     nll: Any
     peak_flops: float
     bar: Any

@@ -15,7 +15,7 @@ from research.errors import Diverged, InputError
 from research.schema import EXIT_INTERRUPTED
 from research.training import gang
 from research.training.gang import Beat, Gang, judge, notices
-from research.training.metrics import Clock
+from research.training.goodput import Clock
 from research.training.workdir import read_rows
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
