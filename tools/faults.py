@@ -32,6 +32,9 @@ class Moment:
     in_save: bool = False
     delay: float = 0.0
 
+    def __str__(self) -> str:
+        return f"step {self.step}" + (f", {1000 * self.delay:.0f} ms into its save" if self.in_save else "")
+
 
 def draw_moment(rng: random.Random, steps: int, every: int) -> Moment:
     """Any step but the last ones; one time in three in the middle of a save."""
@@ -128,8 +131,8 @@ class Process:
             return None
 
     def kill(self) -> None:
-        """With all that it has started, by their ids."""
-        for pid in [*self.members(), self.pid]:
+        """And then what a supervisor has started, by their ids."""
+        for pid in [self.pid, *self.members()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
@@ -204,8 +207,14 @@ class BadBatches:
     lasting: bool
     seed: int
     done: int = 0
+    recover_seconds: float | None = None  # from the first bad batch until the run goes on from an earlier step
+    _began: float | None = None
+    _step: int = 0
 
     def __call__(self, step: int, sample: int, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if self._began is not None and self.recover_seconds is None and step <= self._step:
+            self.recover_seconds = time.monotonic() - self._began
+        self._step = step
         if self.lasting:
             hit = 0 <= sample // self.batch_size - (self.first - 1) < self.steps
         else:
@@ -213,6 +222,7 @@ class BadBatches:
         if not hit:
             return batch
         self.done += 1
+        self._began = time.monotonic() if self._began is None else self._began
         if self.kind == "nan":
             return {**batch, "weights_BxL": np.full_like(batch["weights_BxL"], np.nan)}
         targets = batch["targets_BxL"]
@@ -239,13 +249,16 @@ class Disk:
         return self
 
     def fill(self) -> None:
-        """Leaves half of what a save needs."""
+        """Leaves half of what a save needs; call it at every step, as older checkpoints may go and make room."""
         if self.kind == "limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (max(1, self._save_bytes // 20), self._limits[1]))
             return
         free = shutil.disk_usage(self._place).free
-        with open(self._place / "ballast", "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free - self._save_bytes // 2))
+        if free > self._save_bytes // 2:
+            ballast = self._place / "ballast"
+            size = ballast.stat().st_size if ballast.exists() else 0
+            with open(ballast, "ab") as file:
+                os.posix_fallocate(file.fileno(), size, free - self._save_bytes // 2)
 
     def free(self) -> None:
         if self.kind == "limit":

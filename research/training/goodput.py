@@ -8,6 +8,7 @@ from typing import Iterator
 from absl import logging
 from etils import epath
 
+from research.errors import is_full
 from research.schema import GOODPUT_FILE
 from research.training.workdir import write_json
 
@@ -97,9 +98,14 @@ class Goodput:
         return time.monotonic() - self._written >= WRITE_EVERY
 
     def write(self) -> None:
+        """A full disk keeps the file of before."""
         self._written = time.monotonic()
-        write_json(self._path, {"time": time.time(), "step": self.reached, "seconds": self.seconds(),
-                                "chip_seconds": self.chip_seconds()})
+        try:
+            write_json(self._path, {"time": time.time(), "step": self.reached, "seconds": self.seconds(),
+                                    "chip_seconds": self.chip_seconds()})
+        except OSError as error:
+            if not is_full(error):
+                raise
 
     def close(self) -> None:
         """The last line of a launch's log, however it ends."""

@@ -48,11 +48,11 @@ def test_what_a_faulty_device_made_is_never_saved(devices, tmp_path, monkeypatch
     config = override(preset("debug"), {"data.cache_dir": str(tmp_path), "train.steps": 6, "checkpoint.every_steps": 2})
     honest = loop._save
 
-    def faulty(session, state, number):
-        if number == 4:
-            params = jax.tree.map(lambda x: corrupted(x, devices[3]), state.params)
-            state = state.replace(params=params)
-        return honest(session, state, number)
+    def faulty(session, running):
+        if running.number == 4:
+            params = jax.tree.map(lambda x: corrupted(x, devices[3]), running.state.params)
+            running.state = running.state.replace(params=params)
+        return honest(session, running)
 
     monkeypatch.setattr(loop, "_save", faulty)
     with pytest.raises(Interrupted, match="silent corruption: replicas differ on device 3 of process 0 .*: params/.* and .* more"):
