@@ -49,7 +49,7 @@ class Guard:
     def __init__(self, config: GuardConfig, saved: Mapping[str, Any] | None = None):
         self._config = config
         self._losses = collections.deque(saved["losses"] if saved else (), maxlen=config.window)
-        self._high = saved["high"] if saved else 0  # steps in a row that were above the threshold
+        self._high = list(saved["high"]) if saved else []  # of the last steps in a row that are above the threshold
 
     def check(self, step: int, values: Mapping[str, float]) -> Alarm | None:
         """`values`: of the metrics of `step`, those in CHECKED at least. Spikes are looked for once the window is full."""
@@ -59,10 +59,13 @@ class Guard:
         loss, config = values["objective"], self._config
         if config.spike_zscore and len(self._losses) == config.window:
             score = spike_score(loss, self._losses)
-            self._high = self._high + 1 if score > config.spike_zscore else 0
-            if self._high >= config.patience:
-                return Alarm(step - config.patience + 1, step, f"the loss is {loss:.4g}, {score:.1f} deviations high")
-        self._losses.append(loss)
+            if score > config.spike_zscore:
+                self._high.append(loss)
+                if len(self._high) < config.patience:
+                    return None
+                return Alarm(step - len(self._high) + 1, step, f"the loss is {loss:.4g}, {score:.1f} deviations high")
+        self._losses.extend([*self._high, loss])  # not a spike: outliers belong to what is usual
+        self._high = []
         return None
 
     def saved(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def past(first: int, at: int, to: int = 40, batches: int = 0) -> Rollback:
     # at another place, or after a skip: a new one
     (NAN, [past(20, 20)], [30, 40], (40, 0, 0)),
     (NAN, [past(50, 50), past(50, 50, 30, 11)], [30], (30, 0, 0)),
-    (NAN, [past(50, 50), past(50, 50, 30, 11), past(51, 51)], [30], (30, 39, 11)),
+    (NAN, [past(50, 50, 30, 11), past(51, 51)], [30], (30, 39, 11)),
     # too often in one place (3), but not if it was long ago
     (NAN, [past(50, 50)] * 3, [30], None),
     (NAN, [past(40, 40), past(44, 44), past(60, 60)], [30], None),
