@@ -80,6 +80,8 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
         session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock,
                           steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
                           evaluation_params(config, program.layout.shardings.params), evaluated)
+        with clock.measure("compiling"):
+            checkpointer.prepare(state, session.averaged(state) if averages(config) else None)
         session.note_checkpoints()
         session.note("resumed" if start else "started", start)
         state, number = _train(session, state, start)
