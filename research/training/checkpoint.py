@@ -99,8 +99,14 @@ class Checkpointer:
                 manifest.delete_step(self._directory, later)
         _agreed("")  # no process looks for them before they are gone
 
+    def prepare(self, state: TrainState, averaged: Any = None) -> None:
+        """Compiles what the first save needs; give it what `save` will be given."""
+        arrays = _arrays(state, averaged)
+        jax.block_until_ready(_copies(arrays))
+        checksums(arrays)
+
     def save(self, state: TrainState, data: Mapping[str, Any], averaged: Any = None) -> None:
-        """Copies the state off the devices, then writes in the background; a step already there is left alone.
+        """Begins to copy the state off the devices, and writes in the background; a step already there is left alone.
 
         Waits for the save before, if that isn't done. A full disk is no error: see `events`.
         `averaged`: the parameters to evaluate, sample and export, where they aren't state.params.
@@ -108,30 +114,39 @@ class Checkpointer:
         step = int(state.step)  # the devices have finished it: what blocks from here on is the save
         began = time.monotonic()
         self.wait()
-        if (self._directory / str(step)).exists():
+        place = self._directory / str(step)
+        if place.exists():
             return
-        arrays = {"params": state.params, "optimizer": state.optimizer, "keys": {"root": state.key}}
-        arrays |= {} if averaged is None else {"averaged": averaged}
+        arrays = _arrays(state, averaged)
         meta = {"schema": SCHEMA_VERSION, "step": step, "params": describe_arrays(state.params)}
         meta |= {} if averaged is None else {"averaged": describe_arrays(averaged)}
         self._being_saved = step, begin_checksums(arrays)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-        items |= {"data": ocp.args.JsonSave(dict(data)), "meta": ocp.args.JsonSave(meta)}
-        try:
-            self._writer.save(self._directory / str(step), args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:
-            self._give_up(step, error)
-            return
-        self._saving = self._pool.submit(self._finish, step, began, time.monotonic() - began)
+        copies = _copies(arrays)
+
+        def write() -> None:
+            items = {name: ocp.args.StandardSave(tree) for name, tree in copies.items()}
+            items |= {"data": ocp.args.JsonSave(dict(data)), "meta": ocp.args.JsonSave(meta)}
+            self._writer.save(place, args=ocp.args.Composite(**items))
+
+        if jax.process_count() > 1:  # its barriers are collectives, which other threads must not start
+            try:
+                write()
+            except (OSError, ValueError) as error:
+                self._give_up(step, error)
+                return
+        self._saving = self._pool.submit(self._finish, step, began, time.monotonic() - began,
+                                         None if jax.process_count() > 1 else write)
 
     def _sign(self) -> None:
         """Orbax calls it in the background on the first process: all is written, and the step hasn't got its name yet."""
         step, arrays = self._being_saved
         manifest.write_manifest(manifest.written_directory(self._directory, step), step, arrays())
 
-    def _finish(self, step: int, began: float, blocked: float) -> None:
-        """In the background: the step becomes complete, then older ones may go."""
+    def _finish(self, step: int, began: float, blocked: float, write: Callable[[], None] | None) -> None:
+        """In the background: the step is written and becomes complete, then older ones may go."""
         try:
+            if write:
+                write()
             self._writer.wait_until_finished()
             if self._first:
                 manifest.complete_manifest(self._directory / str(step), step)
@@ -247,6 +262,23 @@ class Checkpointer:
         finally:
             self._pool.shutdown()
             self._writer.close()
+
+
+def _arrays(state: TrainState, averaged: Any) -> dict[str, Any]:
+    arrays = {"params": state.params, "optimizer": state.optimizer, "keys": {"root": state.key}}
+    return arrays | ({} if averaged is None else {"averaged": averaged})
+
+
+@jax.jit
+def _copies_beside(arrays: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(jnp.copy, arrays)
+
+
+def _copies(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Copies for the host, begun and not waited for; the next step, which reuses the arrays' memory, waits on the devices."""
+    if jax.default_backend() == "cpu":
+        return _copies_beside(arrays)
+    return jax.device_put(arrays, jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), arrays))
 
 
 def _agreed(words: str) -> str:

@@ -93,6 +93,9 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
         session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock, goodput,
                           steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
                           evaluation_params(config, program.layout.shardings.params), evaluated, gang)
+        with clock.measure("compiling"):
+            checkpointer.prepare(running.state, session.averaged(running.state) if averages(config) else None)
+            disagreements(running.state)
         session.note_checkpoints()
         session.note("resumed" if start else "started", start)
         _train(session, running)

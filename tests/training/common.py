@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +63,10 @@ def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 class Job:
-    """The debug preset by the real command, in `directory`/run: one process, or several that talk through gloo."""
+    """The debug preset by the real command, in `directory`/`name`: one process, or several that talk through gloo."""
 
-    def __init__(self, directory: pathlib.Path, *settings: str):
-        self.workdir, self._directory = directory / "run", directory
+    def __init__(self, directory: pathlib.Path, *settings: str, name: str = "run"):
+        self.workdir, self._directory = directory / name, directory
         self._settings = [f"data.cache_dir={directory}", "model.dim=16", *settings]
 
     def words(self, *extra: str) -> list[str]:
@@ -76,12 +77,14 @@ class Job:
         return {**os.environ, "RUNG_CACHE": str(self._directory), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                 **(job if processes > 1 else {})}
 
-    def start(self, *extra: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+    def start(self, *extra: str, processes: int = 1, devices: int = 1,
+              command: Callable[[int], list[str]] = lambda index: ["-m", "experiments.train"]) -> list[subprocess.Popen]:
+        """`command`: what Python is given before the flags, by process."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
-        words = [sys.executable, "-m", "experiments.train", *self.words(*extra)]
-        return [subprocess.Popen(words, env=self.environment(index, processes, devices, port), stdout=subprocess.DEVNULL,
+        words = [[sys.executable, *command(index), *self.words(*extra)] for index in range(processes)]
+        return [subprocess.Popen(words[index], env=self.environment(index, processes, devices, port), stdout=subprocess.DEVNULL,
                                  stderr=subprocess.PIPE, text=True) for index in range(processes)]
 
     def wait_for(self, processes: list[subprocess.Popen], pattern: str) -> None:

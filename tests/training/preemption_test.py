@@ -137,24 +137,23 @@ def test_a_restart_compiles_nothing_again(tmp_path):
         assert done.returncode == EXIT_INTERRUPTED, done.stderr[-3000:]
         counts.append(tuple(map(int, re.search(r"compiled (\d+) found (\d+)", done.stdout).groups())))
     assert counts[0][0] > 5 and counts[0][1] == 0
-    assert counts[1][0] <= 2 and counts[1][1] > 5
+    assert counts[1][0] <= 2 and counts[1][1] >= 5
     assert counts[2][0] == 0
     assert (job.workdir / "compiled").is_dir() and not (tmp_path / ".cache").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [0, 1])
-def test_processes_stop_after_the_same_step(tmp_path, target):
-    """SIGTERM at one of two, which talk through gloo; then the same command goes on."""
+def test_processes_stop_after_the_same_step(tmp_path):
+    """SIGTERM at one of two, which talk through gloo: first not the one that writes, then it, after the same command again."""
     job = Job(tmp_path, "train.steps=100000", "train.log_every=1", "checkpoint.every_steps=50")
     processes = job.start(processes=2, devices=1)
     job.wait_for(processes, "metrics-*")
-    assert stop(job, processes, target) < GRACE
+    assert stop(job, processes, target=1) < GRACE
     last = read_rows(job.workdir, "ledger-")[-1]
     assert last["event"] == "preempted"
     assert saved_steps(epath.Path(job.workdir) / "checkpoints")[-1] == last["step"]
     processes = job.start(processes=2, devices=1)
     job.wait_for(processes, "metrics-0001*")
-    assert stop(job, processes, target) < GRACE
+    assert stop(job, processes, target=0) < GRACE
     rows = [row["step"] for row in read_rows(job.workdir, "metrics-")]
     assert rows == sorted(set(rows)) and rows[-1] > last["step"]
