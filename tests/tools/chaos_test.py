@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -56,16 +58,21 @@ def test_what_does_not_survive_is_told_and_kept(job, monkeypatch):
     assert (job.home / "delete-7").exists()
 
 
-def test_other_bits_are_told(job, monkeypatch):
-    honest = faults.result_of
-    monkeypatch.setattr(trials.faults, "result_of", lambda workdir: {**honest(workdir), "params_sha256": str(workdir)})
-    row = trial(job, "flip", 8, 0)
-    assert row["survived"] and not row["bitwise_equal"] and row["bitwise_expected"]
-
-
-def test_a_step_shown_twice_is_no_survival(job, monkeypatch):
-    monkeypatch.setattr(trials.faults, "steps_once", lambda workdir, steps: False)
-    assert not trial(job, "truncate", 9, 0)["survived"]
+def test_other_bits_and_a_step_shown_twice_are_told(job, tmp_path):
+    for path in job.reference.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    assert trials.judge(job, tmp_path, job.reference) == (True, True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    for name, other in (("params_sha256", "0"), ("final_eval_loss", np.nextafter(result["final_eval_loss"], 9.0))):
+        (tmp_path / "result.json").write_text(json.dumps({**result, name: other}))
+        assert trials.judge(job, tmp_path, job.reference) == (True, False)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with open(tmp_path / "metrics-0000.jsonl", "a") as file:
+        file.write(json.dumps({"step": 64, "loss": 1.0}) + "\n")
+    assert trials.judge(job, tmp_path, job.reference) == (False, False)
+    (tmp_path / "result.json").unlink()
+    assert trials.judge(job, tmp_path, job.reference) == (False, False)
 
 
 def test_trials_are_decided_by_their_seeds():
@@ -103,7 +110,9 @@ def test_the_watch_sees_the_recovery(tmp_path):
         (tmp_path / "metrics-0000.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 21)))
         add("ledger-0001.jsonl", {"event": "resumed", "step": 20})
         add("metrics-0001.jsonl", {"step": 21, "loss": 1.0})
-        assert until(Moment(21), watch, tmp_path, lambda: watch.recover_seconds is None, seconds=5) or True
+        deadline = time.monotonic() + 5
+        while watch.recover_seconds is None and time.monotonic() < deadline:
+            time.sleep(0.01)
     assert watch.resumed == 20 and watch.recover_seconds > 0.04 and not faults.steps_once(tmp_path, 30)
     assert faults.steps_once(tmp_path, 21)
 
