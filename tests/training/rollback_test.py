@@ -1,4 +1,4 @@
-"""Faults put into real, tiny runs: a passing one leaves no trace, one in the data is skipped, a hopeless one ends with the story."""
+"""Faults in real, tiny runs: a passing one leaves no trace, one in the data is skipped, a hopeless one ends with the story."""
 
 import itertools
 import json
@@ -39,7 +39,9 @@ def launch(workdir, fault=None) -> Launch:
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    return workdir, run(config, launch(workdir))
+    result = run(config, launch(workdir))
+    assert not events(workdir, "alarm")
+    return workdir, result
 
 
 def nan_batch(batch):
@@ -85,7 +87,8 @@ def steps_of(workdir) -> list[int]:
 
 def told(workdir) -> list[tuple]:
     """What the metrics say about the learning: training losses and evaluations, in order."""
-    return [(row["step"], row["loss"], row["se"] if "set" in row else row["grad_norm"]) for row in read_rows(workdir, "metrics-")]
+    rows = read_rows(workdir, "metrics-")
+    return [(row["step"], row["loss"], row["se"] if "set" in row else row["grad_norm"]) for row in rows]
 
 
 def events(workdir, *names: str) -> list[dict]:
