@@ -9,12 +9,12 @@ from absl import logging
 from etils import epath
 
 from research.schema import GOODPUT_FILE
-from research.training.workdir import write_json
+from research.training.workdir import is_remote, write_json
 
 # `training` is what the others take from. repeated: steps that had been done before, and were lost to a rollback or a restart.
 # down: between launches, from the last sign of life of one to the start of the next. Only it is read off the wall clock.
 CATEGORIES = ("initialising", "compiling", "training", "data_wait", "evaluating", "saving", "restoring", "repeated", "down")
-WRITE_EVERY = 1.0  # seconds
+WRITE_EVERY, WRITE_EVERY_REMOTE = 1.0, 60.0  # seconds
 
 
 class Clock:
@@ -55,7 +55,7 @@ class Clock:
 class Goodput:
     """A run's life: the launches before, as goodput.json tells of them, and this one by `clock`.
 
-    The file is {time, step, seconds, chip_seconds}, written every second or so, so that a launch that is killed loses no more.
+    The file is {time, step, seconds, chip_seconds}, written every second (every minute on object stores), so that a launch that is killed loses no more.
     `reached`, its `step`, is the furthest step that the run has ever been at.
     """
 
@@ -67,7 +67,8 @@ class Goodput:
             self._before |= past["seconds"]
             self._before["down"] += max(0.0, clock.began - past["time"])  # a clock that was set back tells nothing
             self._chip_seconds, self.reached = past["chip_seconds"], past["step"]
-        self._written = -WRITE_EVERY
+        self._every = WRITE_EVERY_REMOTE if is_remote(workdir) else WRITE_EVERY
+        self._written = -self._every
 
     def category(self, step: int) -> str:
         """What training `step` counts as."""
@@ -89,7 +90,7 @@ class Goodput:
         return self._chip_seconds + self._clock.total() * self._chips
 
     def due(self) -> bool:
-        return time.monotonic() - self._written >= WRITE_EVERY
+        return time.monotonic() - self._written >= self._every
 
     def write(self) -> None:
         self._written = time.monotonic()

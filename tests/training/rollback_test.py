@@ -202,6 +202,7 @@ def test_killed_anywhere_the_order_is_the_same(skipped, config, tmp_path, dies_a
 def test_a_spike_in_the_data_is_skipped(config, tmp_path):
     bad = range(15 * BATCH, 17 * BATCH)  # steps 16 and 17
     ended = run(config, launch(tmp_path, InTheData(noise_batch, bad)))
+    assert ended["goodput"]["repeated"] > 0
     (skip,) = events(tmp_path, "skipped")
     assert skip["samples"][0] <= bad[0] and bad[-1] < skip["samples"][1]
     assert all("deviations high" in row["reason"] for row in events(tmp_path, "alarm"))
@@ -215,7 +216,7 @@ def test_a_hopeless_run_ends_with_the_story(config, tmp_path):
         run(config, launch(tmp_path, fault))
     words = str(caught.value)
     assert words.splitlines() == [
-        "step 9: objective is nan; the guard gives up, nothing since the last checkpoint was saved",
+        "step 9: objective is nan; the guard gives up, nothing after step 8 is kept",
         "  before that, step 9: objective is nan; back to step 8, with the same data",
         "  before that, step 11: objective is nan; back to step 8, without 3 batches after step 8",
         "  before that, step 11: objective is nan; back to step 8, with the same data"]
@@ -227,6 +228,14 @@ def test_a_hopeless_run_ends_with_the_story(config, tmp_path):
         run(config, launch(tmp_path, fault))
     ended = run(override(config, {"guard.max_rollbacks": 9}), launch(tmp_path))  # it may be raised; the trouble is over
     assert ended["steps"] == STEPS and steps_of(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_without_rollbacks_the_first_alarm_ends_the_run(config, tmp_path):
+    """And of a spike, nothing that was saved while it rose (step 16) is left for the next launch."""
+    with pytest.raises(Diverged, match="step 17: the loss is .* deviations high; the guard gives up, nothing after step 15"):
+        run(override(config, {"guard.max_rollbacks": 0}), launch(tmp_path, Passing(noise_batch, 16, 17)))
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 12
+    assert len(events(tmp_path, "alarm")) == 1 and not events(tmp_path, "rolled_back")
 
 
 def test_the_recorder_goes_back(tmp_path):
