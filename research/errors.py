@@ -21,7 +21,7 @@ class InputError(Exception):
 
 
 class Diverged(Exception):
-    """The guard gave up: loss or gradient not finite, or a spike, that rollbacks didn't cure. None of it was saved. Exit code 3."""
+    """The guard gave up: a loss or gradient that isn't finite, or a spike, which no rollback cured. Exit code 3."""
 
     exit_code = 3
 

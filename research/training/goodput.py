@@ -10,12 +10,12 @@ from etils import epath
 
 from research.errors import is_full
 from research.schema import GOODPUT_FILE
-from research.training.workdir import write_json
+from research.training.workdir import is_remote, write_json
 
 # `training` is what the others take from. repeated: steps that had been done before, and were lost to a rollback or a restart.
 # down: between launches, from the last sign of life of one to the start of the next. Only it is read off the wall clock.
 CATEGORIES = ("initialising", "compiling", "training", "data_wait", "evaluating", "saving", "restoring", "repeated", "down")
-WRITE_EVERY = 1.0  # seconds
+WRITE_EVERY, WRITE_EVERY_REMOTE = 1.0, 60.0  # seconds
 
 
 class Clock:
@@ -61,19 +61,23 @@ class Clock:
 class Goodput:
     """A run's life: the launches before, as goodput.json tells of them, and this one by `clock`.
 
-    The file is {time, step, seconds, chip_seconds}, written every second or so, so that a launch that is killed loses no more.
-    `reached`, its `step`, is the furthest step that the run has ever been at.
+    The file is {time, step, seconds, chip_seconds}, written every second (every minute on object stores), so that a launch
+    that is killed loses no more. `reached`, its `step`, is the furthest step that the run has ever been at.
     """
 
     def __init__(self, workdir: epath.Path, clock: Clock, chips: int):
         self._path, self._clock, self._chips = workdir / GOODPUT_FILE, clock, chips
         self._before, self._chip_seconds, self.reached = dict.fromkeys(CATEGORIES, 0.0), 0.0, 0
         if self._path.exists():
-            past = json.loads(self._path.read_text())
-            self._before |= past["seconds"]
-            self._before["down"] += max(0.0, clock.began - past["time"])  # a clock that was set back tells nothing
-            self._chip_seconds, self.reached = past["chip_seconds"], past["step"]
-        self._written = -WRITE_EVERY
+            try:
+                past = json.loads(self._path.read_text())
+                seconds = {name: float(past["seconds"][name]) for name in CATEGORIES}
+                seconds["down"] += max(0.0, clock.began - past["time"])  # a clock that was set back tells nothing
+                self._before, self._chip_seconds, self.reached = seconds, float(past["chip_seconds"]), int(past["step"])
+            except (ValueError, KeyError, TypeError) as error:  # no run ends for its accounts
+                logging.warning("%s can't be read (%s): the goodput of earlier launches is lost", self._path, error)
+        self._every = WRITE_EVERY_REMOTE if is_remote(workdir) else WRITE_EVERY
+        self._written = -self._every
 
     def category(self, step: int) -> str:
         """What training `step` counts as."""
@@ -95,7 +99,7 @@ class Goodput:
         return self._chip_seconds + self._clock.total() * self._chips
 
     def due(self) -> bool:
-        return time.monotonic() - self._written >= WRITE_EVERY
+        return time.monotonic() - self._written >= self._every
 
     def write(self) -> None:
         """A full disk keeps the file of before."""

@@ -124,5 +124,5 @@ def rollbacks_of(ledger: Sequence[Mapping[str, Any]]) -> list[Rollback]:
 
 def story(history: Sequence[Rollback], alarm: Alarm) -> str:
     """What happened, a line each, for the one who has to look into it."""
-    last = f"step {alarm.step}: {alarm.reason}; the guard gives up, nothing since the last checkpoint was saved"
+    last = f"step {alarm.step}: {alarm.reason}; the guard gives up, nothing after step {alarm.first - 1} is kept"
     return "\n  ".join([last, *(f"before that, {past}" for past in reversed(history))])

@@ -87,6 +87,7 @@ def roll_back(session: Session, running: Running, alarm: Alarm) -> None:
     rollback = decide(config.guard, running.history, alarm, checkpointer.saved_steps())
     if rollback is None:
         text = story(running.history, alarm)
+        checkpointer.delete_after(alarm.first - 1)
         session.note("alarm", alarm.step, first=alarm.first, reason=alarm.reason, story=text.splitlines())
         raise Diverged(text)
     session.note("alarm", alarm.step, first=alarm.first, reason=alarm.reason)

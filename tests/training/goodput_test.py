@@ -82,6 +82,13 @@ def test_a_clock_that_was_set_back_adds_nothing(hands, tmp_path):
     assert live(hands, tmp_path, 10.0, 2).seconds()["down"] == 0.0
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{\"seconds\": {}}", "\u0000\ufffd"])
+def test_a_broken_file_ends_no_run(hands, tmp_path, text, caplog):
+    (tmp_path / "goodput.json").write_text(text)
+    assert sum(live(hands, tmp_path, 10.0, 1).seconds().values()) == 10.0
+    assert "the goodput of earlier launches is lost" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def three_launches(tmp_path_factory):
     """Cut off at a random step, cut off again before that step is reached, finished; with the wall's time of all."""

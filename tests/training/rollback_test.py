@@ -1,4 +1,4 @@
-"""Faults put into real, tiny runs: a passing one leaves no trace, one in the data is skipped, a hopeless one ends with the story."""
+"""Faults in real, tiny runs: a passing one leaves no trace, one in the data is skipped, a hopeless one ends with the story."""
 
 import itertools
 import json
@@ -39,7 +39,9 @@ def launch(workdir, fault=None) -> Launch:
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    return workdir, run(config, launch(workdir))
+    result = run(config, launch(workdir))
+    assert not events(workdir, "alarm")
+    return workdir, result
 
 
 def nan_batch(batch):
@@ -85,7 +87,8 @@ def steps_of(workdir) -> list[int]:
 
 def told(workdir) -> list[tuple]:
     """What the metrics say about the learning: training losses and evaluations, in order."""
-    return [(row["step"], row["loss"], row["se"] if "set" in row else row["grad_norm"]) for row in read_rows(workdir, "metrics-")]
+    rows = read_rows(workdir, "metrics-")
+    return [(row["step"], row["loss"], row["se"] if "set" in row else row["grad_norm"]) for row in rows]
 
 
 def events(workdir, *names: str) -> list[dict]:
@@ -199,6 +202,7 @@ def test_killed_anywhere_the_order_is_the_same(skipped, config, tmp_path, dies_a
 def test_a_spike_in_the_data_is_skipped(config, tmp_path):
     bad = range(15 * BATCH, 17 * BATCH)  # steps 16 and 17
     ended = run(config, launch(tmp_path, InTheData(noise_batch, bad)))
+    assert ended["goodput"]["repeated"] > 0
     (skip,) = events(tmp_path, "skipped")
     assert skip["samples"][0] <= bad[0] and bad[-1] < skip["samples"][1]
     assert all("deviations high" in row["reason"] for row in events(tmp_path, "alarm"))
@@ -212,7 +216,7 @@ def test_a_hopeless_run_ends_with_the_story(config, tmp_path):
         run(config, launch(tmp_path, fault))
     words = str(caught.value)
     assert words.splitlines() == [
-        "step 9: objective is nan; the guard gives up, nothing since the last checkpoint was saved",
+        "step 9: objective is nan; the guard gives up, nothing after step 8 is kept",
         "  before that, step 9: objective is nan; back to step 8, with the same data",
         "  before that, step 11: objective is nan; back to step 8, without 3 batches after step 8",
         "  before that, step 11: objective is nan; back to step 8, with the same data"]
@@ -224,6 +228,14 @@ def test_a_hopeless_run_ends_with_the_story(config, tmp_path):
         run(config, launch(tmp_path, fault))
     ended = run(override(config, {"guard.max_rollbacks": 9}), launch(tmp_path))  # it may be raised; the trouble is over
     assert ended["steps"] == STEPS and steps_of(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_without_rollbacks_the_first_alarm_ends_the_run(config, tmp_path):
+    """And of a spike, nothing that was saved while it rose (step 16) is left for the next launch."""
+    with pytest.raises(Diverged, match="step 17: the loss is .* deviations high; the guard gives up, nothing after step 15"):
+        run(override(config, {"guard.max_rollbacks": 0}), launch(tmp_path, Passing(noise_batch, 16, 17)))
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 12
+    assert len(events(tmp_path, "alarm")) == 1 and not events(tmp_path, "rolled_back")
 
 
 def test_the_recorder_goes_back(tmp_path):
