@@ -170,7 +170,7 @@ class Checkpointer:
         if self._first:
             manifest.remove_unfinished(self._directory)
         last = self.latest_step()
-        reason = f"the disk is full: step {step} isn't saved, " + ("nothing is" if last is None else f"{last} is the last that is")
+        reason = f"the disk is full: step {step} isn't saved, {'nothing' if last is None else last} is the last that is"
         logging.warning("%s", reason)
         self._events.append(("alarm", step, {"reason": reason}))
 
