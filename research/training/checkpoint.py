@@ -91,14 +91,6 @@ class Checkpointer:
         """What happened since the last call, as the ledger's (event, step, details): saved, quarantined, alarm (disk full)."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
-    def delete_after(self, step: int) -> None:
-        """Deletes what was saved after `step`: of a past that the run leaves behind."""
-        self.wait()
-        for later in [saved for saved in self.saved_steps() if saved > step]:
-            if self._first:
-                manifest.delete_step(self._directory, later)
-        _agreed("")  # no process looks for them before they are gone
-
     def prepare(self, state: TrainState, averaged: Any = None) -> None:
         """Compiles what the first save needs; give it what `save` will be given."""
         arrays = _arrays(state, averaged)
@@ -179,42 +171,53 @@ class Checkpointer:
         if self._first:
             manifest.remove_unfinished(self._directory)
         last = self.latest_step()
-        reason = f"the disk is full: step {step} isn't saved, " + ("nothing is" if last is None else f"{last} is the last that is")
+        reason = f"the disk is full: step {step} isn't saved, {'nothing' if last is None else last} is the last that is"
         logging.warning("%s", reason)
         self._events.append(("alarm", step, {"reason": reason}))
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The state saved at `step` (default: the newest good one), laid out like `abstract`, and what `data` held.
+        """The newest good state (saved at `step` or before it), laid out like `abstract`, and what was saved as `data`.
 
-        Without `step`, the broken ones that are newer than the newest good one are moved to checkpoints/quarantine/.
+        The broken steps that are passed over are moved to checkpoints/quarantine/.
 
         Raises:
           InputError: the checkpoint's parameters have other names or shapes; or no step is good: none is moved then.
-          BrokenStep: the step that was asked for is.
         """
         self.wait()
-        if step is not None:
-            self._check(step)
-            return self._load(abstract, step)
         refused: dict[int, str] = {}
-        for step in reversed(self.saved_steps()):
+        for saved in reversed(self.saved_steps()):
+            if step is not None and saved > step:
+                continue
             try:
-                self._check(step)
-                restored = self._load(abstract, step)
+                self._check(saved)
+                restored = self._load(abstract, saved)
                 break
             except BrokenStep as error:
                 logging.warning("%s", error)
-                refused[step] = error.flaw
+                refused[saved] = error.flaw
         else:
-            raise InputError("checkpoint", f"none of {self._directory} is good: " + "; ".join(
-                f"step {step}, {flaw}" for step, flaw in refused.items()),
-                "restore one from a copy, or move the directory away to begin at step 0")
+            flaws = "; ".join(f"step {saved}, {flaw}" for saved, flaw in refused.items()) or "there is none"
+            raise InputError("checkpoint", f"no step in {self._directory} is good: {flaws}",
+                             "restore one from a copy, or move the directory away to begin at step 0")
         for broken, flaw in refused.items():
             if self._first:
                 manifest.quarantine(self._directory, broken)
             self._events.append(("quarantined", broken, {"reason": flaw}))
         _agreed("")  # no process goes on before they are moved
         return restored
+
+    def delete_after(self, step: int) -> None:
+        """Deletes what was saved after `step`: of a past that the run leaves behind."""
+        self.wait()
+        if self._first:
+            for later in [saved for saved in self.saved_steps() if saved > step]:
+                manifest.delete_step(self._directory, later)
+        _agreed("")
+
+    def good_steps(self) -> list[int]:
+        """Those of the saved steps whose parameters `restore_params` would return."""
+        self.wait()
+        return [step for step in self.saved_steps() if not self._flaw(step, ("params", "meta"))]
 
     def restore_params(self, abstract: Any, step: int) -> Any:
         """The trained parameters alone, laid out like `abstract`. Raises BrokenStep."""
@@ -225,15 +228,18 @@ class Checkpointer:
         _verify({"params": params}, manifest.read_manifest(self._directory / str(step), step), step)
         return params
 
-    def _check(self, step: int, items: tuple[str, ...] = ()) -> None:
-        """The first process reads the files; all raise BrokenStep where it found one."""
+    def _flaw(self, step: int, items: tuple[str, ...] = ()) -> str:
+        """What is wrong with a step, as the first process finds, on all; nothing where it is good."""
         flaw = ""
         try:
             if self._first:
                 check_step(self._directory / str(step), step, items=items)
         except BrokenStep as error:
             flaw = error.flaw
-        if flaw := _agreed(flaw):
+        return _agreed(flaw)
+
+    def _check(self, step: int, items: tuple[str, ...] = ()) -> None:
+        if flaw := self._flaw(step, items):
             raise BrokenStep(step, flaw)
 
     def _load(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:

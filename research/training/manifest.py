@@ -110,8 +110,11 @@ def delete_step(directory: epath.Path, step: int) -> None:
     """Takes the step its name first, so that a kill leaves no half of it."""
     doomed = directory / str(step)
     if not is_remote(directory):
-        doomed = doomed.rename(directory / f"{_DELETED}{step}")
-    doomed.rmtree(missing_ok=True)
+        doomed = doomed.rename(directory / f"{_DELETED}{step}-{time.time_ns()}")
+    try:
+        doomed.rmtree(missing_ok=True)
+    except OSError:  # someone reads it, on a file server; the next start removes it
+        pass
 
 
 def unfinished(directory: epath.Path) -> list[epath.Path]:

@@ -75,7 +75,8 @@ def exit_on_sigterm() -> Iterator[None]:
     everything that is to be saved is. In a job of several processes it waits for the first step, which they share."""
 
     def end(number: int, _: Any) -> None:
-        logging.warning("%s outside of training: the same command goes on from the last checkpoint", signal.Signals(number).name)
+        logging.warning("%s: stopped outside of training; the same command goes on from the last checkpoint",
+                        signal.Signals(number).name)
         raise SystemExit(EXIT_INTERRUPTED)
 
     with _handling((signal.SIGTERM,) if jax.process_count() == 1 else (), end):

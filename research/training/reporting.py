@@ -131,7 +131,7 @@ def write_documents(workdir: epath.Path, name: str, evaluation: Evaluation) -> N
 def _average(session: Session) -> Any:
     """The mean of the parameters of the last `train.average` checkpoints that were due."""
     config, checkpointer, shapes = session.program.config, session.checkpointer, session.program.abstract.params
-    chosen = averaged_steps(checkpointer.saved_steps(), config.checkpoint.every_steps, config.train.average)
+    chosen = averaged_steps(checkpointer.good_steps(), config.checkpoint.every_steps, config.train.average)
     if len(chosen) < config.train.average:
         logging.warning("train.average: of %d checkpoints, %s are there", config.train.average, chosen)
     with session.clock.measure("restoring"):

@@ -54,7 +54,7 @@ def test_what_does_not_survive_is_told_and_kept(job, monkeypatch):
 
     monkeypatch.setattr(faults, "damage", damage_all)
     row = trial(job, "delete", 7, 0)
-    assert not row["survived"] and not row["bitwise_equal"] and row["note"].startswith("InputError: checkpoint: none of"), row
+    assert not row["survived"] and not row["bitwise_equal"] and row["note"].startswith("InputError: checkpoint: no step in"), row
     assert (job.home / "delete-7").exists()
 
 

@@ -172,6 +172,20 @@ def test_several_broken_steps(program, copied):
         assert [event[:2] for event in checkpointer.events()] == [("quarantined", 12), ("quarantined", 8)]
 
 
+def test_back_to_an_earlier_step(program, copied):
+    """`step` is the newest that will do; what was saved since is deleted when that is asked for."""
+    run, digests = copied
+    delete(any_file(run / "checkpoints" / "8", "meta"))
+    with Checkpointer(epath.Path(run), KEEP) as checkpointer:
+        assert checkpointer.good_steps() == [4, 12]
+        assert params_sha256(checkpointer.restore(program.abstract, 8)[0].params) == digests[4]
+        assert checkpointer.saved_steps() == [4, 12] and [event[:2] for event in checkpointer.events()] == [("quarantined", 8)]
+        checkpointer.delete_after(4)
+        assert checkpointer.saved_steps() == [4]
+        with pytest.raises(InputError, match="no step in .* is good: there is none"):
+            checkpointer.restore(program.abstract, 3)
+
+
 def test_with_none_good_nothing_is_moved_and_one_line_says_so(program, copied):
     run, _ = copied
     for step in (4, 8, 12):
@@ -179,7 +193,7 @@ def test_with_none_good_nothing_is_moved_and_one_line_says_so(program, copied):
     before = files_of(run)
     for _ in range(2):  # the second start says the same
         with Checkpointer(epath.Path(run), KEEP) as checkpointer:
-            with pytest.raises(InputError, match="none of .*checkpoints is good: step 12, optimizer.*step 8, .*step 4, "):
+            with pytest.raises(InputError, match="no step in .*checkpoints is good: step 12, optimizer.*step 8, .*step 4, "):
                 checkpointer.restore(program.abstract)
             assert checkpointer.events() == []
     assert files_of(run) == before
@@ -284,6 +298,20 @@ def test_a_full_disk_loses_the_step_that_was_being_written_alone(program, tmp_pa
         checkpointer.save(state_at(program, 3), {"sample": 3})
         checkpointer.wait()
         assert checkpointer.saved_steps() == [3] == [s for e, s, _ in checkpointer.events() if e == "saved"]
+
+
+@pytest.mark.slow
+def test_a_save_blocks_training_for_a_twentieth_of_its_time(tmp_path):
+    """25 MB of state, prepared; the middle one of seven saves, as other jobs may hold this machine for a moment."""
+    program = one_device(small(model__dim=256, model__vocab_size=4096))
+    state = state_at(program, 0)
+    with Checkpointer(epath.Path(tmp_path), CheckpointConfig()) as checkpointer:
+        checkpointer.prepare(state)
+        for step in range(1, 8):
+            checkpointer.save(state.replace(step=jnp.int32(step)), {"sample": step})
+            checkpointer.wait()
+        shares = sorted(details["blocked_seconds"] / details["seconds"] for _, _, details in checkpointer.events())
+    assert len(shares) == 7 and shares[3] < 0.05, shares
 
 
 def test_another_error_while_writing_is_none_of_a_full_disk(program, tmp_path, monkeypatch):

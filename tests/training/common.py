@@ -73,9 +73,10 @@ class Job:
         return ["--config=debug", f"--workdir={self.workdir}", *(f"--set={s}" for s in self._settings), *extra]
 
     def environment(self, index: int, processes: int, devices: int = 1, port: int = 0) -> dict[str, str]:
-        job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
-        return {**os.environ, "RUNG_CACHE": str(self._directory), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                **(job if processes > 1 else {})}
+        job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes),
+               "JAX_PROCESS_ID": str(index)} if processes > 1 else {}
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        return {**os.environ, "RUNG_CACHE": str(self._directory), "XLA_FLAGS": flags, **job}
 
     def start(self, *extra: str, processes: int = 1, devices: int = 1,
               command: Callable[[int], list[str]] = lambda index: ["-m", "experiments.train"]) -> list[subprocess.Popen]:

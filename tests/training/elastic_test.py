@@ -1,4 +1,4 @@
-"""One run that goes on with other devices, another layout or other processes: the same tokens in every step, the same losses."""
+"""One run that goes on with other devices, another layout or other processes: the same tokens in every step and losses."""
 
 import json
 
