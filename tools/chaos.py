@@ -4,14 +4,14 @@
 
   kill term            SIGKILL or SIGTERM to the process, at a step or in the middle of a save; started again
   flip truncate delete a bit, the end or the whole of a file of the newest checkpoint; started again
-  nan spike            bad batches: passing ones (the end must be bitwise equal), in odd trials lasting ones (they are skipped)
+  nan spike            bad batches: passing ones (the end must be bitwise equal), in odd trials lasting ones (skipped)
   disk_full            no room for some saves (a tmpfs, or a limit on the size of files where mounting isn't allowed)
   resize               killed or stopped, then continued on other numbers of devices and processes: each of the next losses
                        within 1e-5 of the undisturbed run's
   host_kill host_hang  SIGKILL or SIGSTOP to one process of two; tools.supervise starts them again
 
-Each trial is decided by --seed, its fault and its number, and is a line of WORKDIR/trials.jsonl: the same command goes on where it
-stopped, with more --trials too. `survived`: the run finished and its metrics show every step once. bitwise_equal: also the
+Each trial is decided by --seed, its fault and its number, and is a line of WORKDIR/trials.jsonl: the same command goes on where
+it stopped, with more --trials too. `survived`: the run finished and its metrics show every step once. bitwise_equal: also the
 parameters and the final loss have the bits of the undisturbed run; bitwise_expected: they should. steps_lost and
 recover_seconds (from the fault to the next step) are those of the worst trial. Faults that need no new process run in this one.
 """
@@ -45,7 +45,8 @@ command_line.define_json_flag()
 flags.DEFINE_string("workdir", "runs/chaos", "Directory of the undisturbed runs and of the trials.")
 flags.DEFINE_list("faults", None, "Which faults; default: all.")
 flags.DEFINE_integer("trials", 2, "Trials of each fault, with those that are there already.", lower_bound=1)
-flags.DEFINE_float("minutes", None, "Begin no further trial after so long (exit code 75); the next call goes on.", lower_bound=0.0)
+flags.DEFINE_float("minutes", None, "Begin no further trial after so long (exit code 75); the next call goes on.",
+                   lower_bound=0.0)
 flags.DEFINE_integer("seed", 0, "Of the moments and places of the faults.")
 flags.DEFINE_float("heartbeat", HEARTBEAT, "Of the jobs of two processes.", lower_bound=0.5)
 flags.adopt_module_key_flags(command_line)
@@ -72,7 +73,7 @@ def prepare(job: Job, wanted: Sequence[str]) -> None:
         run(job.config, Launch(str(job.reference), job.preset, quiet=True))
     if set(wanted) & {"host_kill", "host_hang"} and faults.result_of(job.pair) is None:
         logging.info("the undisturbed run of two processes")
-        _finish(job, faults.Process(job.command(job.pair, 2), job.environment(1), job.home / "pair.log"), job.pair)
+        _finish(job, faults.Process(job.command(job.pair, 2), job.environment(1), job.home / "pair.log"))
     if set(wanted) & {"flip", "truncate", "delete"} and not job.stopped.exists():
         logging.info("a run that stops after 70% of the steps")
         begun, target = job.home / "stopped-begun", max(1, int(0.7 * job.config.train.steps))
@@ -89,10 +90,10 @@ def prepare(job: Job, wanted: Sequence[str]) -> None:
             begun.rename(job.stopped)
 
 
-def _finish(job: Job, process: faults.Process, workdir: pathlib.Path) -> None:
+def _finish(job: Job, process: faults.Process) -> None:
     code = process.wait(job.seconds())
     if code != EXIT_DONE:
-        raise InputError("--config", f"the undisturbed run ended with {code}", f"see {workdir.with_suffix('.log')} and the ledger")
+        raise InputError("--config", f"the undisturbed run of two processes ended with {code}", f"see {job.home / 'pair.log'}")
 
 
 def trial(job: Job, fault: str, number: int, seed: int) -> dict[str, Any]:

@@ -196,8 +196,8 @@ def damage(kind: str, step: pathlib.Path, rng: random.Random) -> str:
 class BadBatches:
     """For Launch.fault: makes the batches of steps `first` ... `first + steps - 1` bad.
 
-    `kind`: nan (weights that are NaN: the loss is) or spike (targets that have nothing to do with the text). A passing fault comes
-    once; one of the data (`lasting`) whenever a batch begins with these samples.
+    `kind`: nan (weights that are NaN: the loss is) or spike (targets that have nothing to do with the text). A passing fault
+    comes once; one of the data (`lasting`) whenever a batch begins with these samples.
     """
 
     kind: str

@@ -27,8 +27,8 @@ from research.schema import EXIT_DONE, EXIT_INTERRUPTED
 
 flags.DEFINE_integer("processes", 2, "Processes of the job.", lower_bound=1)
 flags.DEFINE_integer("max_restarts", 20, "Give up after so many restarts, with the job's last exit code.", lower_bound=0)
-flags.DEFINE_float("grace", 20.0, "Seconds that the others have to end by themselves after a fault of one; half of it after a 75.",
-                   lower_bound=0.0)
+flags.DEFINE_float("grace", 20.0, "Seconds that the others have to end by themselves after a fault of one; half of it after "
+                   "a 75.", lower_bound=0.0)
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 

@@ -57,7 +57,8 @@ class Job:
         """`devices`: so many of the CPU's; None for those that this process has."""
         found = {**os.environ, "RUNG_CACHE": cache_of(self.home), "PYTHONUNBUFFERED": "1"}
         if devices is not None:
-            others = [word for word in os.environ["XLA_FLAGS"].split() if "device_count" not in word] if "XLA_FLAGS" in os.environ else []
+            given = os.environ["XLA_FLAGS"].split() if "XLA_FLAGS" in os.environ else []
+            others = [word for word in given if "device_count" not in word]
             found["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={devices}"])
         return found
 
@@ -197,15 +198,17 @@ def poisoned(job: Job, workdir: pathlib.Path, kind: str, rng: random.Random) -> 
     count = guard.patience if kind == "spike" else 1
     earliest = max(guard.window + 1, int(0.6 * steps)) if kind == "spike" else 1  # where the loss is flat enough to see one
     if earliest > steps - count:
-        raise InputError("train.steps", f"{steps} leaves no room for a {kind} after guard.window={guard.window}", "set more steps")
+        raise InputError("train.steps", f"{steps} leaves no room for a {kind} after guard.window={guard.window}",
+                         "set more steps")
     first = rng.randint(earliest, steps - count)
     bad = faults.BadBatches(kind, first, count, job.config.train.batch_size, lasting, rng.randrange(2**31))
     note = in_this_process(job, workdir, bad)
     back = [row for row in read_rows(workdir, LEDGER_PREFIX) if row["event"] == "rolled_back"]
     survived, equal = judge(job, workdir, job.reference)
     note = note or ("" if back else "the guard saw nothing")
-    return Outcome(f"{'lasting' if lasting else 'passing'} {kind} in step {first}", first, survived and not note, equal, not lasting,
-                   max((row["at"] - row["step"] for row in back), default=0), bad.recover_seconds, note)
+    what = f"{'lasting' if lasting else 'passing'} {kind} in step {first}"
+    lost = max((row["at"] - row["step"] for row in back), default=0)
+    return Outcome(what, first, survived and not note, equal, not lasting, lost, bad.recover_seconds, note)
 
 
 def disk_full(job: Job, workdir: pathlib.Path, _: str, rng: random.Random) -> Outcome:
@@ -251,7 +254,8 @@ def host(job: Job, workdir: pathlib.Path, kind: str, rng: random.Random) -> Outc
     if watch.resumed is None and code == EXIT_DONE:
         raise Missed
     survived, equal = judge(job, workdir, job.pair)
-    named = [row for row in read_rows(workdir, LEDGER_PREFIX) if row["event"] == "alarm" and f"process {victim} (" in row["reason"]]
+    alarms = [row["reason"] for row in read_rows(workdir, LEDGER_PREFIX) if row["event"] == "alarm"]
+    named = any(f"process {victim} (" in reason for reason in alarms)
     note = f"ended with {code}" if code != EXIT_DONE else "" if named else "the lost process was not named"
     return Outcome(f"process {victim} at {moment}", step, survived and not note, equal, True, _lost(step, watch.resumed),
                    watch.recover_seconds, note)

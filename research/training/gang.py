@@ -1,27 +1,27 @@
 """Several processes watch each other: one that dies, hangs or is slow is named, and the job ends with 75 to be restarted.
 
-What JAX does by itself, as measured on jax 0.10 and 0.12: a process that dies is noticed after 100 s, the coordinator's (process
-0) at once; then every survivor is aborted in C++, with no word about who it was, no ledger line and exit code -6. gloo raises
-in the main thread as soon as a connection closes; a process that stands still blocks the others for ever.
+What JAX does by itself, as measured: a process that dies is noticed after 100 s, the coordinator's (process 0) at once; then
+every survivor is aborted in C++, with no word of ours about who it was, no ledger line and exit code -6. gloo raises in the
+main thread as soon as a connection closes; a process that stands still blocks the others.
 
 So each process has two daemon threads. One tells: every fifth of a heartbeat it puts a beat (phase, step, seconds since either
 changed, seconds a step of its own) into the coordinator's key-value store, which needs no further port. The other judges, and
 never waits for anything. Process 0 reads all beats and answers with one word that everybody reads (the traffic grows with
 the number of processes, not its square):
 
-- No new beat for `heartbeat` seconds: the process is lost (killed, stopped, its host or network gone). Process 0 is judged by the others,
-  from the age of its word. Ages are taken on the reader's own monotonic clock.
+- No new beat for `heartbeat` seconds: the process is lost (killed, stopped, its host or network gone). Process 0 is judged by
+  the others, from the age of its word. Ages are taken on the reader's own monotonic clock.
 - A process that ended by an error of its own ends the others, with 2 or 3 where that is its exit code.
 - Beats come, but no process gets on: named after one heartbeat as late is who is behind in steps, or still waits for its data
   where the others wait for the devices; the end comes after 12 heartbeats or 20 steps' time, 180 heartbeats in slow phases.
-- A process whose time a step outside the collectives (data, host) is over twice the others' and costs a quarter of the step is a straggler:
-  named, nothing else. A slow chip can't be told this way, as all wait for it inside the step.
+- A process whose time a step outside the collectives (data, host) is over twice the others' and costs a quarter of the step is
+  a straggler: named, nothing else. A slow chip can't be told this way, as all wait for it inside the step.
 
-Whoever reads a verdict logs it and leaves by os._exit: the main thread may be inside a collective that never returns. The
-lowest process alive writes the ledger's line. JAX's own heartbeat stays, three times as long, for what this can't see (native code
-that holds Python's lock stops the beats, so none is expected while the corpus is prepared and twice the time while
-compiling). Its abort, and the one that follows when the coordinator dies, become 75 through a handler of SIGABRT if a process
-is lost; any other abort stays what it is.
+Whoever reads a verdict logs it and leaves by os._exit: the main thread may be inside a collective that never returns. Process 0
+writes the ledger's line, process 1 where it is about process 0. JAX's own heartbeat stays, three times as long, for what this
+can't see (native code that holds Python's lock stops the beats, so none is expected while the corpus is prepared, and one in
+twice the time while compiling). Its abort, and the one that follows when the coordinator dies, become 75 through a handler of
+SIGABRT if a process is lost; any other abort stays what it is.
 """
 
 import collections
@@ -109,7 +109,8 @@ def judge(roll: Roll, heartbeat: float) -> Verdict | None:
     """The end of the job, if there is a reason for it."""
     for process in lost(roll, heartbeat):
         beat, silence = roll[process]
-        return Verdict(f"{name(process, beat)} is lost: no sign of life for {silence:.0f} s, last seen {beat.phase}, step {beat.step}")
+        return Verdict(f"{name(process, beat)} is lost: no sign of life for {silence:.0f} s, last seen {beat.phase}, "
+                       f"step {beat.step}")
     for process, (beat, silence) in sorted(roll.items()):
         if beat.left not in (None, EXIT_DONE) and silence > heartbeat:
             code = beat.left if beat.left in (InputError.exit_code, Diverged.exit_code) else EXIT_INTERRUPTED
@@ -240,7 +241,8 @@ class Gang:
 
     def _exchange(self, client: Any, beat: Beat) -> None:
         if self._process:
-            client.key_value_set(f"{self._prefix}/beats/{self._process}", json.dumps(dataclasses.asdict(beat)), allow_overwrite=True)
+            text = json.dumps(dataclasses.asdict(beat))
+            client.key_value_set(f"{self._prefix}/beats/{self._process}", text, allow_overwrite=True)
             for _, text in client.key_value_dir_get(f"{self._prefix}/word/"):
                 self._word = json.loads(text)
                 self._hear(0, Beat(**self._word["beat"]))
@@ -281,8 +283,7 @@ class Gang:
                     logging.warning("%s", text)
                     self._note(text)
             if verdict := judge(self._roll(), self._heartbeat):
-                if self._process == 1:  # it is about process 0, which keeps the ledger
-                    Ledger(self._workdir).write("alarm", self._step, reason=verdict.text)
+                self._witness(verdict)
                 self._end(verdict)
 
     def _end(self, verdict: Verdict) -> None:
@@ -294,6 +295,11 @@ class Gang:
             self._publish(distributed.global_state.client, self._heard[0][0])
             time.sleep(2.5 * self._every)  # for the others to read it: with this process the coordinator goes
         self._exit(verdict.code)
+
+    def _witness(self, verdict: Verdict) -> None:
+        """In place of process 0, which keeps the ledger and is the one that is lost."""
+        if self._process == 1 and self._workdir.exists():
+            Ledger(self._workdir).write("alarm", self._step, reason=verdict.text)
 
     def _note(self, text: str) -> None:
         if self.ledger:
@@ -308,8 +314,7 @@ class Gang:
                                               else [f"process 0 ({host})"])
         if gone:
             verdict = Verdict(f"{', '.join(gone)} is lost")
-            if self._process == 1:
-                Ledger(self._workdir).write("alarm", self._step, reason=verdict.text)
+            self._witness(verdict)
             self._end(verdict)
 
     def _exit(self, code: int) -> None:

@@ -18,7 +18,7 @@ from research.training.checksums import checksum
 def disagreements(tree: Any) -> list[str]:
     """A line for each device that doesn't hold what its replicas hold; empty where all agree, or nothing is held twice.
 
-    Every process of a job must call it, and gets the same answer. With two replicas the culprit can't be told, and both are named.
+    Every process of a job must call it, and gets the same answer. Of two replicas the culprit can't be told: both are named.
 
     Args:
       tree: arrays on one mesh; others are left out.

@@ -21,7 +21,8 @@ def shell(script: str, processes: int = 2, restarts: int = 3, grace: float = 1.0
 JOBS = {
     "done": ("exit 0", 0, 1),
     "preempted once": ("[ $(start) = 1 ] && exit 75; exit 0", 0, 2),
-    "one lost, the other hangs": ("n=$(start); [ $n = 1 ] && [ $JAX_PROCESS_ID = 1 ] && kill -9 $$; [ $n = 1 ] && sleep 100; exit 0", 0, 2),
+    "one lost, the other hangs": (
+        "n=$(start); [ $n = 1 ] && [ $JAX_PROCESS_ID = 1 ] && kill -9 $$; [ $n = 1 ] && sleep 100; exit 0", 0, 2),
     "a bug each time": ("start; exit 1", 1, 4),
     "killed each time": ("start; kill -9 $$", 75, 4),
     "bad input": ("start; exit 2", 2, 1),

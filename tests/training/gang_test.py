@@ -1,4 +1,4 @@
-"""Who is lost, hangs, is late or slow: the judgement over every case; and whole jobs in which one process is killed or stopped."""
+"""Who is lost, hangs, is late or slow: the judgement over every case; and a whole job in which one process is killed."""
 
 import dataclasses
 import json
@@ -35,7 +35,8 @@ def roll(*changes: dict) -> gang.Roll:
 VERDICTS = {
     "all well": (roll({}, {}, {}), None),
     "one beat late": (roll({}, {"silence": 9.9}), None),
-    "dead": (roll({}, {"silence": 10.5, "step": 99}), ("process 1 (b) is lost: no sign of life for 10 s, last seen training, step 99", 75)),
+    "dead": (roll({}, {"silence": 10.5, "step": 99}),
+             ("process 1 (b) is lost: no sign of life for 10 s, last seen training, step 99", 75)),
     "dead while it saves": (roll({"silence": 10.5, "phase": "saving"}, {}), ("process 0 (a) is lost", 75)),
     "compiling holds the lock": (roll({}, {"silence": 19, "phase": "compiling"}), None),
     "dead while it compiles": (roll({}, {"silence": 21, "phase": "compiling"}), ("process 1 (b) is lost", 75)),
@@ -113,7 +114,8 @@ def test_a_lost_process_is_named_and_the_job_ends_with_75(tmp_path_factory, tmp_
              "experiments.train", "--config=debug", f"--workdir={tmp_path / 'run'}", f"--heartbeat={heartbeat}",
              f"--set=data.cache_dir={home}", "--set=train.steps=1000000", "--set=checkpoint.every_steps=100"]
     environment = {**os.environ, "RUNG_CACHE": str(home), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-    job = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=REPOSITORY, env=environment)
+    job = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=REPOSITORY,
+                           env=environment)
     lines, process = [], None
     for line in job.stderr:  # until the run has saved, and so both processes are in their steps
         lines.append(line)
