@@ -176,7 +176,8 @@ def test_hard_faults_by_the_command(tmp_path):
     """Two trials of each, in three calls: the first has no time for any, the second goes on, the third finds all done."""
     faults_flag = f"--faults={','.join(HARD)}"
     stopped = call(tmp_path, faults_flag, "--trials=2", "--minutes=0")
-    assert stopped.returncode == EXIT_INTERRUPTED and json.loads(stopped.stdout)["faults"]["kill"]["trials"] == 0, stopped.stderr
+    assert stopped.returncode == EXIT_INTERRUPTED, stopped.stderr
+    assert json.loads(stopped.stdout)["faults"]["kill"]["trials"] == 0
     done = call(tmp_path, faults_flag, "--trials=2")
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)["faults"]
@@ -193,7 +194,8 @@ def test_hard_faults_by_the_command(tmp_path):
 @pytest.mark.slow
 def test_bad_input_is_one_line(tmp_path):
     done = call(tmp_path, "--faults=kil")
-    assert done.returncode == EXIT_BAD_INPUT and done.stderr.startswith("error: --faults: unknown 'kil'; did you mean kill"), done.stderr
+    assert done.returncode == EXIT_BAD_INPUT, done.stderr
+    assert done.stderr.startswith("error: --faults: unknown 'kil'; did you mean kill"), done.stderr
 
 
 def test_resize_says_where_it_cannot(job, monkeypatch):

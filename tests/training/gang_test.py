@@ -5,18 +5,20 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from etils import epath
 
 from research.errors import Diverged, InputError
 from research.schema import EXIT_INTERRUPTED
 from research.training import gang
 from research.training.gang import Beat, Gang, judge, notices
 from research.training.goodput import Clock
-from research.training.workdir import read_rows
+from research.training.workdir import Ledger, read_rows
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 WELL = Beat(7, "a", "training", 100, still=0.2, own=0.01, pace=0.5)
@@ -102,6 +104,67 @@ def test_a_job_of_one_watches_nothing(tmp_path):
         1 // 0
 
 
+class Store:
+    """The coordinator's key-value store, in this process."""
+
+    def __init__(self):
+        self.values: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        assert allow_overwrite
+        self.values[key] = value
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+
+def test_the_word_of_process_0_reaches_the_others(tmp_path, monkeypatch, caplog):
+    store, members = Store(), [Gang(Clock(), epath.Path(tmp_path), 10.0) for _ in range(3)]
+    for i, member in enumerate(members):
+        member._process, member._prefix, member._host = i, "gang", "abc"[i]
+    monkeypatch.setattr(gang.distributed.global_state, "client", store)
+    monkeypatch.setattr(Gang, "_exit", lambda self, code: sys.exit(code))
+    monkeypatch.setattr(gang.time, "sleep", lambda seconds: None)
+    for i in (1, 2, 0, 1, 2):
+        members[i]._exchange(store, Beat(0, "abc"[i], "training", 5 + i))
+    assert sorted(members[0]._heard) == [0, 1, 2] and sorted(members[1]._heard) == [0]  # not everybody reads all
+    members[0].ledger = Ledger(epath.Path(tmp_path))
+    members[0]._heard[2] = members[0]._heard[2][0], time.monotonic() - 60
+    members[0]._exchange(store, Beat(1, "a", "training", 5))
+    members[1]._exchange(store, Beat(1, "b", "training", 6))
+    assert members[1]._word["silent"] == ["process 2 (c)"]  # what a SIGABRT would be taken for
+    verdict = judge(members[0]._roll(), 10.0)
+    with pytest.raises(SystemExit, match="75"):
+        members[0]._end(verdict)
+    with pytest.raises(SystemExit, match="75"):
+        members[1]._exchange(store, Beat(2, "b", "training", 6))
+    assert caplog.text.count("process 2 (c) is lost: no sign of life for 60 s, last seen training, step 7") == 2
+    assert [row["reason"] for row in read_rows(tmp_path, "ledger-")] == [verdict.text]
+
+
+def test_an_abort_is_75_only_where_a_process_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(Gang, "_exit", lambda self, code: sys.exit(code))
+    with socket.socket() as coordinator:
+        coordinator.bind(("localhost", 0))
+        coordinator.listen()
+        address = f"localhost:{coordinator.getsockname()[1]}"
+        monkeypatch.setattr(gang.distributed.global_state, "coordinator_address", address)
+        member = Gang(Clock(), epath.Path(tmp_path), 10.0)
+        member._process = 1
+        member._aborting(signal.SIGABRT)  # comes back: the abort goes on
+        member._word = {"silent": ["process 2 (c)"], "notices": {}}
+        with pytest.raises(SystemExit, match="75"):
+            member._aborting(signal.SIGABRT)
+        member._word = {"silent": [], "notices": {}}
+    with pytest.raises(SystemExit, match="75"):
+        member._aborting(signal.SIGABRT)
+    reasons = [row["reason"] for row in read_rows(tmp_path, "ledger-")]
+    assert reasons == ["process 2 (c) is lost", f"process 0 ({address}) is lost"]
+    member._left = 3
+    with pytest.raises(SystemExit, match="3"):
+        member._aborting(signal.SIGABRT)
+
+
 def test_exit_codes_are_those_of_the_errors():
     assert (InputError.exit_code, Diverged.exit_code, EXIT_INTERRUPTED) == (2, 3, 75)
 
@@ -110,9 +173,10 @@ def test_exit_codes_are_those_of_the_errors():
 @pytest.mark.parametrize("victim,number", [(0, signal.SIGKILL)])  # the others: chaos_test
 def test_a_lost_process_is_named_and_the_job_ends_with_75(tmp_path_factory, tmp_path, victim, number):
     home, heartbeat = tmp_path_factory.getbasetemp() / "gang", 3.0
-    words = [sys.executable, "-m", "tools.supervise", "--processes=2", "--max_restarts=0", "--grace=8", "--", sys.executable, "-m",
-             "experiments.train", "--config=debug", f"--workdir={tmp_path / 'run'}", f"--heartbeat={heartbeat}",
-             f"--set=data.cache_dir={home}", "--set=train.steps=1000000", "--set=checkpoint.every_steps=100"]
+    words = [sys.executable, "-m", "tools.supervise", "--processes=2", "--max_restarts=0", "--grace=8", "--",
+             sys.executable, "-m", "experiments.train", "--config=debug", f"--workdir={tmp_path / 'run'}",
+             f"--heartbeat={heartbeat}", f"--set=data.cache_dir={home}", "--set=train.steps=1000000",
+             "--set=checkpoint.every_steps=100"]
     environment = {**os.environ, "RUNG_CACHE": str(home), "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
     job = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=REPOSITORY,
                            env=environment)
