@@ -145,5 +145,5 @@ def test_the_last_line_of_the_log(three_launches, tmp_path, caplog):
                                         "optim.warmup_steps": 0})
     caplog.set_level("INFO")
     run(config, Launch(str(tmp_path / "run"), preset("debug"), quiet=True))
-    ours = [record.getMessage() for record in caplog.records if record.name == "absl"]
+    ours = [record.getMessage() for record in caplog.records if "research" in record.pathname]
     assert ours[-1].startswith("goodput of ") and "% training" in ours[-1], ours[-5:]
