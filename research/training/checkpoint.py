@@ -8,6 +8,7 @@ checkpoints/quarantine/.
 
 import collections
 import concurrent.futures
+import itertools
 import time
 from typing import Any, Callable, Mapping, Sequence
 
@@ -29,6 +30,7 @@ from research.training.manifest import BrokenStep, check_step
 from research.training.state import TrainState
 
 FINISH_SECONDS = 3600  # how long the processes of a job wait for each other at the end of a save
+_FINISHED = itertools.count()  # numbers those waits: none may have the name of another, though a step may be saved twice
 
 
 def describe_arrays(params: Any) -> dict[str, list]:
@@ -150,7 +152,7 @@ class Checkpointer:
         else:
             seconds = {"seconds": round(time.monotonic() - began, 4), "blocked_seconds": round(blocked, 4)}
             self._events.append(("saved", step, seconds))
-        ocp.multihost.get_barrier_sync_fn()(key=f"checkpoint_{step}", timeout_ms=1000 * FINISH_SECONDS)
+        ocp.multihost.get_barrier_sync_fn()(key=f"checkpoint_{next(_FINISHED)}", timeout_ms=1000 * FINISH_SECONDS)
 
     def _good(self, step: int) -> bool:
         """For `steps_to_delete`. The step before the newest is read again at each save, the others once in a launch."""
@@ -170,8 +172,9 @@ class Checkpointer:
         self._writer = self._open_writer()  # the old one would raise this again
         if self._first:
             manifest.remove_unfinished(self._directory)
-        last = self.latest_step()
-        reason = f"the disk is full: step {step} isn't saved, {'nothing' if last is None else last} is the last that is"
+        last = self.latest_step()  # the step itself, if there was just room for it
+        lost = "" if last == step else f"step {step} isn't saved, "
+        reason = f"the disk is full: {lost}{'nothing' if last is None else last} is the last that is"
         logging.warning("%s", reason)
         self._events.append(("alarm", step, {"reason": reason}))
 
