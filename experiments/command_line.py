@@ -10,8 +10,8 @@ from absl import app, flags, logging
 
 from configs import preset
 from research.config import nearest, override, parse_assignments
-from research.errors import Diverged, InputError, Interrupted
-from research.schema import EXIT_BAD_INPUT, Config
+from research.errors import Diverged, InputError, Interrupted, is_full
+from research.schema import BACKSTOP, COMPILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, HEARTBEAT, Config
 
 OURS = ("kernels", "research", "configs", "experiments", "tools")
 
@@ -87,11 +87,16 @@ def _quiet_logs() -> None:
     handler = logging.get_absl_handler()
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ours = tuple(os.path.join(here, name) + os.sep for name in OURS)
-    handler.addFilter(lambda record: record.levelno >= 40 or record.pathname.startswith(ours))
+    handler.addFilter(lambda record: record.pathname.startswith(ours) or (record.levelno >= 40 and not _told(record)))
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
     handler.use_absl_log_file = lambda *args: None
     handler.python_handler.setFormatter(_Formatter())
+
+
+def _told(record: Any) -> bool:
+    """A full disk is one line of ours; Orbax and asyncio have pages on it."""
+    return bool(record.exc_info) and is_full(record.exc_info[1])
 
 
 class _Formatter(logging.PythonFormatter):
@@ -104,16 +109,28 @@ def set_up_jax() -> None:
     """The compilation cache ($RUNG_CACHE/xla), and this process's place in a job of several."""
     cache = os.path.expanduser(os.environ["RUNG_CACHE"] if "RUNG_CACHE" in os.environ else "~/.cache/rung")
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     join_job()
+
+
+def keep_compiled(workdir: str) -> None:
+    """What is compiled from here on is kept in WORKDIR/compiled: wherever the run goes on, nothing is compiled twice.
+
+    A cache that the user names, $RUNG_CACHE, stays: one for many runs.
+    """
+    if "RUNG_CACHE" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(workdir), COMPILED))
 
 
 def join_job() -> None:
     """jax.distributed, where the environment says that this is one process of several.
 
-    On the hosts of a TPU slice, the runtime's own variables do. Elsewhere set JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID; CPU processes then talk through gloo.
+    On the hosts of a TPU slice, the runtime's own variables do, and with --distributed those of SLURM or Open MPI. Elsewhere
+    set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; CPU processes then talk through gloo.
     """
+    heartbeat = flags.FLAGS["heartbeat"].value if "heartbeat" in flags.FLAGS else HEARTBEAT
+    backstop = max(1, round(BACKSTOP * heartbeat))
+    asked = "distributed" in flags.FLAGS and flags.FLAGS["distributed"].value
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if name in os.environ]
     if given:
@@ -124,9 +141,14 @@ def join_job() -> None:
         if not count.isdigit() or not index.isdigit() or int(index) >= int(count):
             raise InputError("JAX_PROCESS_ID", f"{index!r} of JAX_NUM_PROCESSES={count!r}", "count processes from 0")
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(address, int(count), int(index))
-    elif "," in (os.environ["TPU_WORKER_HOSTNAMES"] if "TPU_WORKER_HOSTNAMES" in os.environ else ""):
-        jax.distributed.initialize()
+        jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=backstop)
+    elif asked or "," in (os.environ["TPU_WORKER_HOSTNAMES"] if "TPU_WORKER_HOSTNAMES" in os.environ else ""):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=backstop)
+        except ValueError as error:
+            raise InputError("--distributed", f"no job of several processes was found here ({error})",
+                             "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from None
 
 
 def run(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> None:
@@ -145,5 +167,10 @@ def run(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> 
         except (Diverged, Interrupted) as error:
             print(f"{type(error).__name__.lower()}: {error}", file=sys.stderr)
             return error.exit_code
+        except OSError as error:
+            if not is_full(error):
+                raise
+            print(f"interrupted: {error}; make room, and the same command goes on", file=sys.stderr)
+            return EXIT_INTERRUPTED
 
     app.run(guarded, flags_parser=_parse)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from experiments import command_line
 from research.config import nearest, override, parse_assignments
 from research.errors import InputError, Interrupted
-from research.schema import CONFIG_FILE, EXIT_INTERRUPTED, RESULT_FILE, Config
+from research.schema import COMPILED, CONFIG_FILE, EXIT_INTERRUPTED, RESULT_FILE, Config
 from research.training.program import make_program
 from research.training.workdir import read_config
 
@@ -161,7 +161,8 @@ def run_cells(rows: Sequence[dict[str, Any]], jobs: int, minutes: float | None) 
                 with open(os.path.join(row["workdir"], CELL_FILE), "w") as file:
                     json.dump(row["overrides"], file)
                 log = open(os.path.join(row["workdir"], "log.txt"), "ab")
-                process = subprocess.Popen(command(row["overrides"], row["workdir"], left), stdout=log, stderr=log)
+                shared = {"RUNG_CACHE": os.path.join(FLAGS.workdir, COMPILED)} | os.environ  # cells compile much the same
+                process = subprocess.Popen(command(row["overrides"], row["workdir"], left), stdout=log, stderr=log, env=shared)
                 log.close()
                 running[process] = row
             if over and not running:

@@ -13,7 +13,7 @@ from absl import flags
 from experiments import command_line
 from research.config import override, parse_assignments
 from research.errors import InputError
-from research.schema import TOKENIZER, Config
+from research.schema import HEARTBEAT, TOKENIZER, Config
 from research.training.loop import Launch, run
 from research.training.workdir import read_config
 
@@ -27,6 +27,9 @@ flags.DEFINE_string("prediction", None, "A prediction file to register at step 0
 flags.DEFINE_integer("profile_steps", 0, "Trace so many steps for TensorBoard's profile tab.", lower_bound=0)
 flags.DEFINE_string("webhook", None, "An address that is sent one JSON POST at the end of the run, or when it fails.")
 flags.DEFINE_string("wandb", None, "A Weights & Biases project to mirror the run in (needs the package wandb).")
+flags.DEFINE_float("heartbeat", HEARTBEAT, "Seconds without a sign of life after which a process of several is lost; "
+                   "the others name it and end with 75.", lower_bound=0.5)
+flags.DEFINE_boolean("distributed", False, "Join the job that Cloud TPU, SLURM or Open MPI describes to this process.")
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
@@ -34,9 +37,10 @@ FLAGS = flags.FLAGS
 def main(_: list[str]) -> int:
     if not FLAGS.workdir:
         raise InputError("--workdir", "is missing", "name a directory for the run, e.g. --workdir=runs/first")
+    command_line.keep_compiled(FLAGS.workdir)
     config, preset = continued(FLAGS.init_from) if FLAGS.init_from else command_line.configured()
     launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps,
-                    webhook=FLAGS.webhook, wandb=FLAGS.wandb)
+                    webhook=FLAGS.webhook, wandb=FLAGS.wandb, heartbeat=FLAGS.heartbeat)
     result = run(config, launch)
     if FLAGS.json:
         command_line.print_json(result)

@@ -1,4 +1,6 @@
-"""The two ways a run ends that are not bugs, each with its exit code (docs/interfaces.md)."""
+"""The ways a run ends that are not bugs, each with its exit code (docs/interfaces.md)."""
+
+import errno
 
 
 class InputError(Exception):
@@ -19,7 +21,7 @@ class InputError(Exception):
 
 
 class Diverged(Exception):
-    """The loss or a gradient stopped being finite, and nothing was saved since. Exit code 3."""
+    """The guard gave up: a loss or gradient that isn't finite, or a spike, which no rollback cured. Exit code 3."""
 
     exit_code = 3
 
@@ -28,3 +30,13 @@ class Interrupted(Exception):
     """Stopped on request, everything saved, restartable with the same command. Exit code 75."""
 
     exit_code = 75
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a write failed because there was no room (TensorStore has the code in the words of a ValueError)."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(f"[os_error_code='{code}']" in str(error) for code in FULL)

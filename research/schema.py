@@ -14,12 +14,18 @@ SCHEMA_VERSION = 1
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 2, 3, 75
 
+HEARTBEAT = 10.0  # seconds without a sign of life after which a process of several is lost; jax's own waits BACKSTOP as long
+BACKSTOP = 3
+
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
 PREDICTION_FILE = "prediction.json"
+GOODPUT_FILE = "goodput.json"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
+QUARANTINE = "quarantine"  # under CHECKPOINTS
 TOKENIZER = "tokenizer"
+COMPILED = "compiled"
 METRICS_PREFIX = "metrics-"
 LEDGER_PREFIX = "ledger-"
 EVALUATION_PREFIX = "evaluation-"
@@ -225,12 +231,34 @@ class MeshConfig(Node):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Node):
-    """When to save (0 = never by that clock; always at the end) and what to keep."""
+    """When to save (0 = never by that clock; always at the end) and what to keep: the `keep_last` newest good ones.
+
+    `on_full`: when a save finds the disk full, go on training (and try again when the next is due), or stop with exit code 75.
+    """
 
     every_steps: Natural = 0
     every_minutes: NonNegative = 5.0
     keep_last: Positive = 2
     keep_every: Natural = 0
+    on_full: Literal["continue", "stop"] = "continue"
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig(Node):
+    """When the run goes back, and how often (training/guard.py).
+
+    A loss is a spike if for `patience` steps in a row it is more than `spike_zscore` robust standard deviations above the
+    median of the last `window` (0 = spikes are not looked for); a weight of `data.sources` that jumps can look like one. Not
+    finite is always an alarm. If it comes again on the same data: from a checkpoint `rollback_steps` before it, without
+    `skip_batches` batches. After `max_rollbacks` for one place the run ends (0 = at the first alarm).
+    """
+
+    spike_zscore: NonNegative = 8.0
+    window: Positive = 128
+    patience: Positive = 3
+    rollback_steps: Natural = 100
+    skip_batches: Positive = 200
+    max_rollbacks: Natural = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +272,7 @@ class Config(Node):
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     seed: Natural = 0
 
     def validate(self):

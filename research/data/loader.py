@@ -5,7 +5,7 @@ from typing import Iterator, Sequence
 import grain
 import numpy as np
 
-from research.data.mixture import Mixture, Weight
+from research.data.mixture import Mixture, Skips, Weight, sample_at
 from research.data.packing import Row, Rows, padding_row
 from research.errors import InputError
 
@@ -28,7 +28,8 @@ class Loader:
       batch_size: B, over all processes and microbatches.
       microbatches: M.
       process_index, process_count: which part; P = process_count.
-      start_sample: the first sample's number; what `next_sample` was, to resume.
+      start_sample: how many samples were read before; what `next_sample` was, to resume.
+      skips: samples to leave out; those that come instead count on without a gap.
       threads, prefetch: how many threads read ahead, and how many batches.
 
     Raises:
@@ -38,7 +39,7 @@ class Loader:
     def __init__(
         self, rows: Sequence[Rows], weights: Sequence[Weight], seed: int, batch_size: int,
         microbatches: int = 1, process_index: int = 0, process_count: int = 1, start_sample: int = 0,
-        threads: int = 2, prefetch: int = 8,
+        threads: int = 2, prefetch: int = 8, skips: Skips = (),
     ):
         if batch_size < 1 or batch_size % (microbatches * process_count):
             raise InputError(
@@ -50,7 +51,7 @@ class Loader:
         self._batch_size, self._microbatches = batch_size, microbatches
         self._local = batch_size // microbatches // process_count
         self._offset = process_index * self._local
-        self._start = start_sample
+        self._start, self._skips = start_sample, skips
         self.next_sample = start_sample
         steps = grain.MapDataset.range(_ENDLESS).map(self._batch)
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -74,11 +75,20 @@ class Loader:
         rows = []
         for microbatch in range(self._microbatches):
             for i in range(self._local):
-                source, row = self._mixture.sample(first + microbatch * per_microbatch + i)
+                source, row = self._mixture.sample(sample_at(first + microbatch * per_microbatch + i, self._skips))
                 rows.append(self._rows[source][row])
         shape = (self._microbatches, self._local, -1)
         stacked = _stack(rows, TRAINING_FIELDS)
         return {f"{name}_BxL": value.reshape(shape) for name, value in stacked.items()}
+
+
+def documents_between(rows: Sequence[Rows], weights: Sequence[Weight], seed: int, begin: int, end: int) -> list[str]:
+    """The names of the documents in the samples begin ... end - 1 of a Loader's order, each once."""
+    mixture, found = Mixture(weights, [len(source) for source in rows], seed), {}
+    for sample in range(begin, end):
+        source, row = mixture.sample(sample)
+        found |= dict.fromkeys(rows[source].documents(row))
+    return list(found)
 
 
 def evaluation_batches(

@@ -115,6 +115,23 @@ class Mixture:
         return counts
 
 
+Skips = tuple[tuple[int, int], ...]  # ranges [begin, end) of samples that a run leaves out; rising, disjoint
+
+
+def sample_at(place: int, skips: Skips) -> int:
+    """The number of the sample at `place` (0, 1, ...) of the order without `skips`."""
+    for begin, end in skips:
+        if place < begin:
+            break
+        place += end - begin
+    return place
+
+
+def with_skip(skips: Skips, begin: int, end: int) -> Skips:
+    """`skips` and [begin, end), whose ends lie in none of them (as those that `sample_at` gives); twice is once."""
+    return tuple(sorted([*(skip for skip in skips if not begin <= skip[0] < end), (begin, end)]))
+
+
 def _whole(weights: Sequence[float]) -> list[int]:
     """Whole numbers in the same ratio. A float is a fraction with a power of two below: they exist, exactly."""
     ratios = [fractions.Fraction(weight) for weight in weights]

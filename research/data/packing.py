@@ -26,6 +26,9 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> Row: ...
 
+    def documents(self, index: int) -> list[str]:
+        """The names of the documents in a row."""
+
 
 def make_rows(cache: TokenCache, seq_len: int, packed: bool, seed: int) -> Rows:
     """Rows of `seq_len` over all documents of the cache, which come in an order that `seed` decides.
@@ -49,6 +52,9 @@ class PackedRows:
 
     def __len__(self) -> int:
         return -(-max(int(self._starts_D1[-1]) - 1, 0) // self.seq_len)
+
+    def documents(self, index: int) -> list[str]:
+        return _names(self._cache, self[index])
 
     def __getitem__(self, index: int) -> Row:
         index = range(len(self))[index]
@@ -79,6 +85,9 @@ class SeparateRows:
     def __len__(self) -> int:
         return int(self._starts_D1[-1])
 
+    def documents(self, index: int) -> list[str]:
+        return _names(self._cache, self[index])
+
     def __getitem__(self, index: int) -> Row:
         index = range(len(self))[index]
         place = int(np.searchsorted(self._starts_D1, index, side="right")) - 1
@@ -103,12 +112,21 @@ class SpreadRows:
         return len(self._chosen_R)
 
     def __getitem__(self, index: int) -> Row:
-        chosen = int(self._chosen_R[index])
-        part = int(np.searchsorted(self._ends_P, chosen, side="right"))
-        row = self._parts[part][chosen - (int(self._ends_P[part - 1]) if part else 0)]
+        part, place = self._find(index)
+        row = self._parts[part][place]
         document_L = row["document_index_L"]
         return {**row, "document_index_L": np.where(
             document_L < 0, -1, document_L + self._first_document_P[part]).astype(np.int32)}
+
+    def documents(self, index: int) -> list[str]:
+        part, place = self._find(index)
+        return self._parts[part].documents(place)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """(part, row in it)"""
+        chosen = int(self._chosen_R[index])
+        part = int(np.searchsorted(self._ends_P, chosen, side="right"))
+        return part, chosen - (int(self._ends_P[part - 1]) if part else 0)
 
 
 def padding_row(seq_len: int) -> Row:
@@ -118,6 +136,10 @@ def padding_row(seq_len: int) -> Row:
         "weights_L": np.zeros(seq_len, np.float32), "positions_L": np.zeros(seq_len, np.int32),
         "segment_ids_L": np.zeros(seq_len, np.int32), "document_index_L": np.full(seq_len, -1, np.int32),
     }
+
+
+def _names(cache: TokenCache, row: Row) -> list[str]:
+    return [cache.document_ids[document] for document in dict.fromkeys(row["document_index_L"].tolist()) if document >= 0]
 
 
 def _row(cache: TokenCache, spans: Sequence[tuple[int, int, int]], seq_len: int) -> Row:

@@ -22,6 +22,7 @@ from research.params import unflatten
 from research.schema import CHECKPOINTS, SCHEMA_VERSION
 from research.training.checkpoint import checkpoint_step
 from research.training.checksums import checksum_of_part
+from research.training.manifest import check_step, complete_manifest, write_manifest
 from research.training.workdir import write_json
 
 ITEMS = ("params", "meta")
@@ -75,9 +76,11 @@ class ParameterWriter:
         if left:
             raise ValueError(f"parts of {left[0]} were not written")
         meta = {"schema": SCHEMA_VERSION, "step": self._step,
-                "params": {path: [list(shape), str(dtype)] for path, (shape, dtype) in self._arrays.items()},
-                "checksums": {f"params/{path}": total % 2**32 for path, total in self._sums.items()}}
-        write_json(epath.Path(self._working / str(self._step)).joinpath(*_META), meta)
+                "params": {path: [list(shape), str(dtype)] for path, (shape, dtype) in self._arrays.items()}}
+        directory = epath.Path(self._working / str(self._step))
+        write_json(directory.joinpath(*_META), meta)
+        write_manifest(directory, self._step, {f"params/{path}": total % 2**32 for path, total in self._sums.items()})
+        complete_manifest(directory, self._step)
         os.replace(self._working / str(self._step), self._final)
         self.discard()
 
@@ -95,6 +98,7 @@ class ParameterReader:
     def __init__(self, workdir: pathlib.Path, step: int | None = None):
         self.step = checkpoint_step(workdir, step, "--input")
         directory = workdir.absolute() / CHECKPOINTS / str(self.step)
+        self._signed = check_step(epath.Path(directory), self.step, items=("params", "averaged", "meta"))
         self._meta = json.loads(directory.joinpath(*_META).read_text(encoding="utf-8"))
         self._item = "averaged" if "averaged" in self._meta else "params"
         self._directory = directory / self._item
@@ -132,7 +136,7 @@ class ParameterReader:
     def verify(self) -> None:
         """Raises InputError: a part wasn't what was saved."""
         for path, total in self._sums.items():
-            if self._meta["checksums"][f"{self._item}/{path}"] != total % 2**32:
+            if self._signed["arrays"][f"{self._item}/{path}"] != total % 2**32:
                 raise InputError("--input", f"{path} of step {self.step} doesn't have the checksum it was saved with",
                                  "restore the run's files")
 

@@ -1,28 +1,36 @@
-"""Checkpoints: one atomic Orbax composite a step, written in the background.
+"""Checkpoints that can be trusted: one atomic Orbax composite a step, written in the background, checked when it is read.
 
-checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index) and meta (schema, step, weights, a
-checksum for every array, verified when it is read); where what is evaluated isn't what is trained (an EMA,
-schedule-free's average), `averaged` has those parameters.
+checkpoints/STEP/ holds params, optimizer, keys (arrays), data (the sample index, what is skipped, the guard's memory), meta
+(schema, step, weights) and manifest.json (manifest.py: every file's size and hash, every array's checksum); where what is
+evaluated isn't what is trained (an EMA, schedule-free's average), `averaged` has those parameters. What fails is moved to
+checkpoints/quarantine/.
 """
 
-import dataclasses
-from typing import Any, Mapping, Sequence
+import collections
+import concurrent.futures
+import itertools
+import time
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policy
+from jax.experimental import multihost_utils
 
-from research.errors import InputError
+from research.errors import InputError, is_full
 from research.params import flatten, unflatten
 from research.schema import CHECKPOINTS, SCHEMA_VERSION, CheckpointConfig
+from research.training import manifest
 from research.training.averaging import averaged_steps
-from research.training.checksums import checksums
+from research.training.checksums import begin_checksums, checksums
+from research.training.manifest import BrokenStep, check_step
 from research.training.state import TrainState
 
-ITEMS = ("params", "optimizer", "keys", "data", "meta", "averaged")
+FINISH_SECONDS = 3600  # how long the processes of a job wait for each other at the end of a save
+_FINISHED = itertools.count()  # numbers those waits: none may have the name of another, though a step may be saved twice
 
 
 def describe_arrays(params: Any) -> dict[str, list]:
@@ -30,33 +38,42 @@ def describe_arrays(params: Any) -> dict[str, list]:
     return {path: [list(x.shape), str(jnp.dtype(x.dtype))] for path, x in flatten(params).items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class KeepForAverage:
-    """Keeps the checkpoints that `averaged_steps` would take now. It serves Orbax as a preservation policy."""
-
-    every: int
-    count: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        wanted = averaged_steps([info.step for info in checkpoints], self.every, self.count)
-        return [info.step in wanted for info in checkpoints]
+def steps_to_delete(steps: Sequence[int], good: Callable[[int], bool], config: CheckpointConfig, average: int) -> list[int]:
+    """The steps that `config` doesn't keep: older than the `keep_last` newest **good** ones, no multiple of `keep_every`, and
+    none of the last `average` that are due (averaging.py). While fewer than `keep_last` are good, none is deleted."""
+    kept = set(averaged_steps(steps, config.every_steps, average)) if average else set()
+    found, doomed = 0, []
+    for step in sorted(steps, reverse=True):
+        if found < config.keep_last:
+            found += good(step)
+        elif step not in kept and not (config.keep_every and step % config.keep_every == 0):
+            doomed.append(step)
+    return doomed
 
 
 class Checkpointer:
     """Saves and restores a run's state under `workdir`/checkpoints. Call `close` (or use `with`) to finish writing.
 
     `average`: so many of the last checkpoints that `config.every_steps` makes are kept besides, to be averaged.
+    In a job of several processes all call the same methods in the same order; the first one writes, moves and deletes.
     """
 
     def __init__(self, workdir: epath.Path, config: CheckpointConfig, average: int = 0):
-        directory = epath.Path(workdir).absolute() / CHECKPOINTS
-        policies = [policy.LatestN(config.keep_last)]
-        policies += [policy.EveryNSteps(config.keep_every)] if config.keep_every else []
-        policies += [KeepForAverage(config.every_steps, average)] if average else []
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy(policies), create=True,
-            cleanup_tmp_directories=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(directory, options=options, item_names=ITEMS)
+        self._directory = epath.Path(workdir).absolute() / CHECKPOINTS
+        self._config, self._average, self._first = config, average, jax.process_index() == 0
+        self._events: collections.deque[tuple[str, int, dict[str, Any]]] = collections.deque()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if self._first:
+            manifest.remove_unfinished(self._directory)
+        self._writer = self._open_writer()
+        self._found_good: dict[int, bool] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: concurrent.futures.Future | None = None
+        self._being_saved: tuple[int, Callable[[], dict[str, int]]] | None = None  # the step, and what waits for its checksums
+
+    def _open_writer(self) -> ocp.AsyncCheckpointer:
+        options = ocp.options.AsyncOptions(post_finalization_callback=self._sign)
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -65,69 +82,229 @@ class Checkpointer:
         self.close()
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        steps = self.saved_steps()
+        return steps[-1] if steps else None
 
     def saved_steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """The steps that are there, good or not."""
+        return manifest.saved_steps(self._directory)
 
-    def save(self, state: TrainState, data: Mapping[str, int], averaged: Any = None) -> None:
-        """Copies the state off the devices, then writes in the background; a step already there is left alone.
+    def events(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """What happened since the last call, as the ledger's (event, step, details): saved, quarantined, alarm (disk full)."""
+        return [self._events.popleft() for _ in range(len(self._events))]
 
+    def prepare(self, state: TrainState, averaged: Any = None) -> None:
+        """Compiles what the first save needs; give it what `save` will be given."""
+        arrays = _arrays(state, averaged)
+        jax.block_until_ready(_copies(arrays))
+        checksums(arrays)
+
+    def save(self, state: TrainState, data: Mapping[str, Any], averaged: Any = None) -> None:
+        """Begins to copy the state off the devices, and writes in the background; a step already there is left alone.
+
+        Waits for the save before, if that isn't done. A full disk is no error: see `events`.
         `averaged`: the parameters to evaluate, sample and export, where they aren't state.params.
         """
-        step = int(state.step)
-        if step in self._manager.all_steps():
+        step = int(state.step)  # the devices have finished it: what blocks from here on is the save
+        began = time.monotonic()
+        self.wait()
+        place = self._directory / str(step)
+        if place.exists():
             return
-        arrays = {"params": state.params, "optimizer": state.optimizer, "keys": {"root": state.key}}
-        arrays |= {} if averaged is None else {"averaged": averaged}
-        meta = {"schema": SCHEMA_VERSION, "step": step, "params": describe_arrays(state.params), "checksums": checksums(arrays)}
-        items = {"params": ocp.args.StandardSave(state.params), "optimizer": ocp.args.StandardSave(state.optimizer),
-                 "keys": ocp.args.StandardSave({"root": state.key}), "data": ocp.args.JsonSave(dict(data))}
-        if averaged is not None:
-            meta["averaged"] = describe_arrays(averaged)
-            items["averaged"] = ocp.args.StandardSave(averaged)
-        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+        arrays = _arrays(state, averaged)
+        meta = {"schema": SCHEMA_VERSION, "step": step, "params": describe_arrays(state.params)}
+        meta |= {} if averaged is None else {"averaged": describe_arrays(averaged)}
+        self._being_saved = step, begin_checksums(arrays)
+        copies = _copies(arrays)
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, int]]:
-        """The state saved at `step` (default: the latest), laid out like `abstract`, and the data position.
+        def write() -> None:
+            items = {name: ocp.args.StandardSave(tree) for name, tree in copies.items()}
+            items |= {"data": ocp.args.JsonSave(dict(data)), "meta": ocp.args.JsonSave(meta)}
+            self._writer.save(place, args=ocp.args.Composite(**items))
+
+        if jax.process_count() > 1:  # its barriers are collectives, which other threads must not start
+            try:
+                write()
+            except (OSError, ValueError) as error:
+                self._give_up(step, error)
+                return
+        self._saving = self._pool.submit(self._finish, step, began, time.monotonic() - began,
+                                         None if jax.process_count() > 1 else write)
+
+    def _sign(self) -> None:
+        """Orbax calls it in the background on the first process: all is written, and the step hasn't got its name yet."""
+        step, arrays = self._being_saved
+        manifest.write_manifest(manifest.written_directory(self._directory, step), step, arrays())
+
+    def _finish(self, step: int, began: float, blocked: float, write: Callable[[], None] | None) -> None:
+        """In the background: the step is written and becomes complete, then older ones may go."""
+        try:
+            if write:
+                write()
+            self._writer.wait_until_finished()
+            if self._first:
+                manifest.complete_manifest(self._directory / str(step), step)
+                self._found_good[step] = True  # it was just read
+                for old in steps_to_delete(self.saved_steps(), self._good, self._config, self._average):
+                    manifest.delete_step(self._directory, old)
+        except (OSError, ValueError) as error:
+            self._give_up(step, error)
+        else:
+            seconds = {"seconds": round(time.monotonic() - began, 4), "blocked_seconds": round(blocked, 4)}
+            self._events.append(("saved", step, seconds))
+        ocp.multihost.get_barrier_sync_fn()(key=f"checkpoint_{next(_FINISHED)}", timeout_ms=1000 * FINISH_SECONDS)
+
+    def _good(self, step: int) -> bool:
+        """For `steps_to_delete`. The step before the newest is read again at each save, the others once in a launch."""
+        if step not in self._found_good or step in self.saved_steps()[-2:-1]:
+            try:
+                check_step(self._directory / str(step), step)
+                self._found_good[step] = True
+            except BrokenStep as error:
+                logging.warning("%s", error)
+                self._found_good[step] = False
+        return self._found_good[step]
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """The disk is full: removes the half-written step and says so. Raises `error` where it is another one."""
+        if not is_full(error):
+            raise error
+        self._writer = self._open_writer()  # the old one would raise this again
+        if self._first:
+            manifest.remove_unfinished(self._directory)
+        last = self.latest_step()  # the step itself, if there was just room for it
+        lost = "" if last == step else f"step {step} isn't saved, "
+        reason = f"the disk is full: {lost}{'nothing' if last is None else last} is the last that is"
+        logging.warning("%s", reason)
+        self._events.append(("alarm", step, {"reason": reason}))
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The newest good state (saved at `step` or before it), laid out like `abstract`, and what was saved as `data`.
+
+        The broken steps that are passed over are moved to checkpoints/quarantine/.
 
         Raises:
-          InputError: the checkpoint's parameters have other names or shapes.
+          InputError: the checkpoint's parameters have other names or shapes; or no step is good: none is moved then.
         """
-        step = self._manager.latest_step() if step is None else step
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        self.wait()
+        refused: dict[int, str] = {}
+        for saved in reversed(self.saved_steps()):
+            if step is not None and saved > step:
+                continue
+            try:
+                self._check(saved)
+                restored = self._load(abstract, saved)
+                break
+            except BrokenStep as error:
+                logging.warning("%s", error)
+                refused[saved] = error.flaw
+        else:
+            flaws = "; ".join(f"step {saved}, {flaw}" for saved, flaw in refused.items()) or "there is none"
+            raise InputError("checkpoint", f"no step in {self._directory} is good: {flaws}",
+                             "restore one from a copy, or move the directory away to begin at step 0")
+        for broken, flaw in refused.items():
+            if self._first:
+                manifest.quarantine(self._directory, broken)
+            self._events.append(("quarantined", broken, {"reason": flaw}))
+        _agreed("")  # no process goes on before they are moved
+        return restored
+
+    def delete_after(self, step: int) -> None:
+        """Deletes what was saved after `step`: of a past that the run leaves behind."""
+        self.wait()
+        if self._first:
+            for later in [saved for saved in self.saved_steps() if saved > step]:
+                manifest.delete_step(self._directory, later)
+        _agreed("")
+
+    def good_steps(self) -> list[int]:
+        """Those of the saved steps whose parameters `restore_params` would return."""
+        self.wait()
+        return [step for step in self.saved_steps() if not self._flaw(step, ("params", "meta"))]
+
+    def restore_params(self, abstract: Any, step: int) -> Any:
+        """The trained parameters alone, laid out like `abstract`. Raises BrokenStep."""
+        self.wait()
+        self._check(step, ("params", "meta"))
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        params = self._writer.restore(self._directory / str(step), args=args)["params"]
+        _verify({"params": params}, manifest.read_manifest(self._directory / str(step), step), step)
+        return params
+
+    def _flaw(self, step: int, items: tuple[str, ...] = ()) -> str:
+        """What is wrong with a step, as the first process finds, on all; nothing where it is good."""
+        flaw = ""
+        try:
+            if self._first:
+                check_step(self._directory / str(step), step, items=items)
+        except BrokenStep as error:
+            flaw = error.flaw
+        return _agreed(flaw)
+
+    def _check(self, step: int, items: tuple[str, ...] = ()) -> None:
+        if flaw := self._flaw(step, items):
+            raise BrokenStep(step, flaw)
+
+    def _load(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        place = self._directory / str(step)
+        meta = self._writer.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         _same_arrays(meta["params"], describe_arrays(abstract.params))
         items = {"params": ocp.args.StandardRestore(abstract.params), "optimizer": ocp.args.StandardRestore(abstract.optimizer),
                  "keys": ocp.args.StandardRestore({"root": abstract.key}), "data": ocp.args.JsonRestore()}
         if abstract.ema is not None:
             items["averaged"] = ocp.args.StandardRestore(abstract.ema)
-        saved = self._manager.restore(step, args=ocp.args.Composite(**items))
-        _verify({name: saved[name] for name in items if name != "data"}, meta, step)
+        saved = self._writer.restore(place, args=ocp.args.Composite(**items))
+        _verify({name: saved[name] for name in items if name != "data"}, manifest.read_manifest(place, step), step)
         step_array = jax.device_put(jnp.int32(step), abstract.step.sharding)
         ema = None if abstract.ema is None else saved["averaged"]
         return TrainState(step_array, saved["params"], saved["optimizer"], saved["keys"]["root"], ema), saved["data"]
 
-    def restore_params(self, abstract: Any, step: int) -> Any:
-        """The trained parameters alone, laid out like `abstract`."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)
-        _verify({"params": saved["params"]}, saved["meta"], step)
-        return saved["params"]
-
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until the save in the background is done; raises what went wrong in it, but for a full disk."""
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._writer.close()
 
 
-def _verify(arrays: Mapping[str, Any], meta: Mapping[str, Any], step: int) -> None:
-    """Raises InputError, by name, for an array that isn't what was saved."""
+def _arrays(state: TrainState, averaged: Any) -> dict[str, Any]:
+    arrays = {"params": state.params, "optimizer": state.optimizer, "keys": {"root": state.key}}
+    return arrays | ({} if averaged is None else {"averaged": averaged})
+
+
+@jax.jit
+def _copies_beside(arrays: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(jnp.copy, arrays)
+
+
+def _copies(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Copies for the host, begun and not waited for; the next step, which reuses the arrays' memory, waits on the devices."""
+    if jax.default_backend() == "cpu":
+        return _copies_beside(arrays)
+    return jax.device_put(arrays, jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), arrays))
+
+
+def _agreed(words: str) -> str:
+    """The first process's `words`, on all of them (at most 1,000 bytes)."""
+    if jax.process_count() == 1:
+        return words
+    sent = np.zeros(1000, np.uint8)
+    data = np.frombuffer(words.encode()[:1000], np.uint8)
+    sent[:len(data)] = data
+    return bytes(multihost_utils.broadcast_one_to_all(sent)).rstrip(b"\0").decode(errors="replace")
+
+
+def _verify(arrays: Mapping[str, Any], signed: Mapping[str, Any], step: int) -> None:
+    """Raises BrokenStep, by name, for an array that isn't what was saved."""
     for path, value in checksums(arrays).items():
-        if path not in meta["checksums"] or meta["checksums"][path] != value:
-            raise InputError("checkpoint", f"{path} of step {step} doesn't have the checksum it was saved with",
-                             f"move {CHECKPOINTS}/{step} away to go on from the step before it")
+        if path not in signed["arrays"] or signed["arrays"][path] != value:
+            raise BrokenStep(step, f"{path} doesn't have the checksum it was saved with")
 
 
 def _same_arrays(found: Mapping[str, list], wanted: Mapping[str, list]) -> None:
@@ -149,7 +326,7 @@ def _words(entry: list) -> str:
 def checkpoint_step(workdir: str | epath.Path, step: int | None, field: str) -> int:
     """`step`, else the latest, if `workdir` has a checkpoint of it; InputError names those that it has."""
     directory = epath.Path(workdir).absolute() / CHECKPOINTS
-    steps = sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
+    steps = manifest.saved_steps(directory)
     if not steps or (step is not None and step not in steps):
         found = ", ".join(map(str, steps)) or "none"
         raise InputError(field, f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'} (found: {found})",
@@ -163,13 +340,17 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
 
     Where the run averages (an EMA, schedule-free), they are the averaged ones, in the dtype of the trained.
 
+    Nothing is moved or changed there.
+
     Raises:
-      InputError: no checkpoint there, or arrays of another shape.
+      InputError: no checkpoint there, or arrays of another shape; BrokenStep, which is one: the step isn't what was saved.
     """
     step = checkpoint_step(workdir, step, field)
     directory = epath.Path(workdir).absolute() / CHECKPOINTS
-    with ocp.CheckpointManager(directory, item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    place = directory / str(step)
+    signed = check_step(place, step, items=("params", "averaged", "meta"))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if abstract is None:
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             abstract = unflatten({path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=device)
@@ -178,10 +359,10 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
             _same_arrays(meta["params"], describe_arrays(abstract))
         item = "averaged" if "averaged" in meta else "params"
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})  # casts to the dtype of `abstract`
-        found = manager.restore(step, args=args)[item]
-        if meta[item] == describe_arrays(abstract):  # else the checksums are of the dtype before the cast
-            _verify({item: found}, meta, step)
-        return found, step
+        found = reader.restore(place, args=args)[item]
+    if meta[item] == describe_arrays(abstract):  # else the checksums are of the dtype before the cast
+        _verify({item: found}, signed, step)
+    return found, step
 
 
 def initialise_from(workdir: str, params: Any) -> Any:

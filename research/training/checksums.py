@@ -5,7 +5,7 @@ so any change of a single element changes the sum; more changes are missed once 
 """
 
 import functools
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 _ODD = 2654435761  # Knuth's multiplicative hash: the odd number nearest 2^32 / golden ratio
 
 
-def _checksum(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+def checksum(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """The uint32 checksum of one array, or of the part of one whose first element is its `start`-th (in the order of C)."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
@@ -27,16 +28,20 @@ def _checksum(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
 
 @functools.partial(jax.jit)
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
+    return jnp.stack([checksum(leaf) for leaf in leaves])
+
+
+def begin_checksums(trees: Mapping[str, Any]) -> Callable[[], dict[str, int]]:
+    """Starts to compute `checksums(trees)` and returns at once; what is returned waits for them (on any thread)."""
+    found = jax.tree_util.tree_leaves_with_path(dict(trees))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    sums = _checksums([leaf for _, leaf in found]) if found else ()
+    return lambda: {path: int(value) for path, value in zip(paths, jax.device_get(sums))}
 
 
 def checksums(trees: Mapping[str, Any]) -> dict[str, int]:
     """Path in `trees` (nested dicts, optimizer states, ...) -> the checksum of its array."""
-    found = jax.tree_util.tree_leaves_with_path(dict(trees))
-    if not found:
-        return {}
-    values = jax.device_get(_checksums([leaf for _, leaf in found]))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for (path, _), value in zip(found, values)}
+    return begin_checksums(trees)()
 
 
 def checksum_of_part(x: jax.Array, start: int) -> int:
@@ -46,4 +51,4 @@ def checksum_of_part(x: jax.Array, start: int) -> int:
 
 @jax.jit
 def _part(x: jax.Array, start: jax.Array) -> jax.Array:
-    return _checksum(x, start)
+    return checksum(x, start)

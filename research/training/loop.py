@@ -1,14 +1,16 @@
-"""The one loop: dispatch step n, then read the metrics of n - 1; evaluate, sample, save; stop cleanly, resume bitwise."""
+"""The one loop: dispatch step n, then read the metrics of n - 1; evaluate, sample, save; stop cleanly, resume bitwise.
+
+What changes from step to step is in `Running`. When the guard finds something wrong, `_steps` returns an alarm, `roll_back`
+puts the run back to where a checkpoint was made, and the compiled step goes on from there. `Launch.fault` puts faults in.
+"""
 
 import contextlib
 import json
-import math
 import os
 import shutil
-import signal
 import sys
 import time
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -19,17 +21,23 @@ from tqdm import tqdm
 from research import hardware
 from research.data import pipeline
 from research.data.loader import Loader
-from research.errors import Diverged, InputError, Interrupted
+from research.data.mixture import sample_at
+from research.errors import InputError, Interrupted
 from research.schema import PREDICTION_FILE, RESULT_FILE, TOKENIZER, Config
 from research.training import step as steps
 from research.training.averaging import averages, evaluation_params
-from research.training.checkpoint import Checkpointer, initialise_from
-from research.training.metrics import Clock, Recorder, Speed, run_name
+from research.training.checkpoint import Checkpointer
+from research.training.gang import Gang
+from research.training.goodput import Clock, Goodput
+from research.training.guard import Alarm
+from research.training.metrics import Recorder, Speed, run_name
 from research.training.mirrors import Announced, WandbMirror, check_wandb
-from research.training.program import BATCH_FIELDS, Program, make_program
+from research.training.preemption import exit_on_sigterm, stop_requests
+from research.training.program import BATCH_FIELDS, make_program
+from research.training.replicas import disagreements
 from research.training.reporting import evaluate_sets, finish, model_utilization, sample_text, saturated
+from research.training.running import Running, learn, roll_back, start_at
 from research.training.session import Launch, Session, evaluated_until
-from research.training.state import TrainState, init_state, restart_from
 from research.training.workdir import Ledger, Lock, check_config, write_config
 
 
@@ -38,7 +46,7 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
 
     Raises:
       InputError: bad input; nothing in the workdir was changed.
-      Diverged: the loss or a gradient is not finite.
+      Diverged: the guard gave up: loss or gradient not finite, or a spike, after every rollback that it was allowed.
       Interrupted: asked to stop (SIGINT, SIGTERM, minutes); all is saved.
     """
     clock, first = Clock(), jax.process_index() == 0
@@ -46,7 +54,8 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
     if launch.wandb:
         check_wandb()
     announced = Announced(launch.webhook if first else None, name, launch.workdir)
-    with announced, clock.measure("initialising"), contextlib.ExitStack() as stack:
+    with (announced, clock.measure("initialising"), exit_on_sigterm(), Gang(clock, workdir, launch.heartbeat) as gang,
+          contextlib.ExitStack() as stack, gang.failures()):
         program = make_program(config)
         known = check_config(workdir, config) if workdir.exists() else False
         if launch.prediction and not os.path.exists(launch.prediction):
@@ -65,9 +74,13 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
             logging.info("%s has %s at step %d already", workdir, result["status"], result["steps"])
             announced.finished(result)
             return result
-        state, start = _start(program, checkpointer, clock)
+        goodput = Goodput(workdir, clock, hardware.chip_count(jax.devices()))
+        running = start_at(program, checkpointer, clock)
+        start = running.number
+        learn(running, config, workdir)
         if first:
             _open_workdir(workdir, config, launch, data, known, start)
+            stack.callback(goodput.close)
         evaluated = evaluated_until(workdir, start)
         mirror = WandbMirror(launch.wandb, config, name, os.fspath(workdir)) if first and launch.wandb else None
         recorder = Recorder(workdir, start, mirror) if first else None
@@ -75,33 +88,21 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
             stack.callback(recorder.close)
             recorder.hparams(config, name)
             recorder.layout([validation.name for validation in config.data.validation])
-        ledger = Ledger(workdir) if first else None
+        ledger = gang.ledger = Ledger(workdir) if first else None
         bar = stack.enter_context(_progress(config, start, launch.quiet))
-        session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock,
+        session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock, goodput,
                           steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
-                          evaluation_params(config, program.layout.shardings.params), evaluated)
+                          evaluation_params(config, program.layout.shardings.params), evaluated, gang)
+        with clock.measure("compiling"):
+            checkpointer.prepare(running.state, session.averaged(running.state) if averages(config) else None)
+            disagreements(running.state)
+        session.note_checkpoints()
         session.note("resumed" if start else "started", start)
-        state, number = _train(session, state, start)
-        result = finish(session, state, start, number)
+        _train(session, running)
+        with clock.measure("saving"):
+            result = finish(session, running.state, running.number, running.dispatched)
         announced.finished(result)
         return result
-
-
-def _start(program: Program, checkpointer: Checkpointer, clock: Clock) -> tuple[TrainState, int]:
-    """The newest saved state, else a fresh one (from `train.init_from` where that is given)."""
-    if checkpointer.latest_step() is not None:
-        with clock.measure("restoring"):
-            state, data = checkpointer.restore(program.abstract)
-        step = int(jax.device_get(state.step))
-        if data["sample"] != step * program.config.train.batch_size:
-            raise InputError("train.batch_size", f"the checkpoint is at sample {data['sample']} of step {step}",
-                             "resume with the batch size it was made with")
-        return state, step
-    state = init_state(program.model.init, program.optimizer, program.layout, program.config.seed)
-    if program.config.train.init_from:
-        params = initialise_from(program.config.train.init_from, state.params)
-        state = restart_from(params, state.key, program.optimizer, program.layout)
-    return state, 0
 
 
 def _open_workdir(workdir: epath.Path, config: Config, launch: Launch, data: Any, known: bool, start: int) -> None:
@@ -135,83 +136,93 @@ def _progress(config: Config, start: int, quiet: bool) -> tqdm:
                 disable=quiet or jax.process_index() != 0 or not sys.stderr.isatty(), smoothing=0.1)
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[dict[str, str]]:
-    """Turns SIGINT and SIGTERM into an entry of the returned dict; a second SIGINT ends at once."""
-    asked: dict[str, str] = {}
-
-    def ask(number: int, _: Any) -> None:
-        if "signal" in asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked["signal"] = signal.Signals(number).name
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    except ValueError:  # not in the main thread: whoever owns it handles its signals
-        pass
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _train(session: Session, state: TrainState, start: int) -> tuple[TrainState, int]:
-    """The steps after `start`; returns the last state and its step."""
-    config, clock, program = session.program.config, session.clock, session.program
-    train, layout = config.train, program.layout
-    if start >= train.steps or saturated(session):
-        return state, start
-    with clock.measure("compiling"):
+def _train(session: Session, running: Running) -> None:
+    """All steps that are left, through rollbacks."""
+    if running.number >= session.program.config.train.steps or saturated(session):
+        return
+    with session.clock.measure("compiling"):
         logging.info("compiling the step")
-        compiled = program.compile()
+        compiled = session.program.compile()
     session.bar.unpause()  # the time left is that of steps, not of the compiler
-    deadline = time.monotonic() + 60 * session.launch.minutes if session.launch.minutes else math.inf
+    with stop_requests(session.launch.minutes) as requests, session.clock.measure("training"):
+        while alarm := _steps(session, running, compiled, requests.asked):
+            roll_back(session, running, alarm)
+
+
+def _steps(session: Session, running: Running, compiled: Any, stop: Callable[[int], str | None]) -> Alarm | None:
+    """Steps until the run ends, or until something is wrong with one."""
+    config, clock, goodput, fault = session.program.config, session.clock, session.goodput, session.launch.fault
+    train, sharding, speed = config.train, session.program.layout.batch(), Speed()
     loader = Loader(session.data.train, session.data.weights, config.seed, train.batch_size, train.microbatches,
-                    jax.process_index(), jax.process_count(), start * train.batch_size)
-    speed, pending, saved_at = Speed(), None, time.monotonic()
-    with contextlib.closing(loader), _stop_requests() as asked, clock.measure("training"):
+                    jax.process_index(), jax.process_count(), running.number * train.batch_size, skips=running.skips)
+    with contextlib.closing(loader):
         batches = iter(loader)
-        for number in range(start + 1, train.steps + 1):
-            began = time.monotonic()
-            with clock.measure("data_wait"):
-                batch = put_batch(next(batches), layout.batch())
-            wait = time.monotonic() - began
-            with _profile(session, number - start), jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, None, batch)
-            if pending:
-                _report(session, speed, *pending)
-            pending = (number, metrics)
-            speed.add(time.monotonic() - began, wait)
-            session.bar.update(1)
-            stop = "signal" in asked or time.monotonic() > deadline
-            evaluates = train.eval_every and number % train.eval_every == 0 and number < train.steps
-            samples = train.sample_every and number % train.sample_every == 0 and number < train.steps
-            saves = _save_due(config, number, saved_at) or stop or number == train.steps
-            if evaluates or samples or saves:
-                _report(session, speed, *pending)  # a step whose loss isn't finite is never saved
-                pending = None
-            flat = False
-            if evaluates:
-                evaluate_sets(session, session.averaged(state), number)
-                flat = saturated(session)
-            if samples:
-                sample_text(session, session.averaged(state), number)
-            if saves or flat:
-                _save(session, state, number)
-                saved_at = time.monotonic()
-            if flat:
-                logging.info("step %d: saturated, no improvement beyond the standard error in %d evaluations", number,
-                             train.stop_after_flat)
-                return state, number
-            if stop and number < train.steps:
-                with clock.measure("saving"):
-                    session.checkpointer.wait()
-                session.note("preempted", number, reason=asked["signal"] if "signal" in asked else "minutes are over")
-                raise Interrupted(f"stopped after step {number} of {train.steps}; the same command goes on from there")
-    return state, train.steps
+        for number in range(running.number + 1, train.steps + 1):
+            with clock.measure(goodput.category(number)):
+                began = time.monotonic()
+                session.gang.step(number)
+                with clock.measure("data_wait"):
+                    batch = next(batches)
+                    if fault:
+                        batch = fault(number, sample_at((number - 1) * train.batch_size, running.skips), batch)
+                    batch = put_batch(batch, sharding)
+                wait = time.monotonic() - began
+                with _profile(session, running.dispatched + 1), jax.transfer_guard("disallow"), session.gang.blocked():
+                    running.state, metrics = compiled(running.state, None, batch)
+                alarm = _settle(session, running, speed)  # of the step before
+                running.number, running.pending, running.dispatched = number, (number, metrics), running.dispatched + 1
+                goodput.reached = max(goodput.reached, number)
+                speed.add(time.monotonic() - began, wait)
+                session.bar.update(1)
+                session.note_checkpoints()
+                asked = stop(running.dispatched)  # it rises, also where steps are repeated
+                alarm = alarm or _between_steps(session, running, speed, asked)
+            if alarm or running.ended:
+                return alarm
+    return None
+
+
+def _settle(session: Session, running: Running, speed: Speed) -> Alarm | None:
+    """Reads the metrics of the pending step, if there is one: the guard's alarm, or they are reported."""
+    if not running.pending:
+        return None
+    (number, metrics), running.pending = running.pending, None
+    with session.gang.blocked():
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    alarm = running.guard.check(number, values)
+    if not alarm:
+        _report(session, speed, number, values)
+    return alarm
+
+
+def _between_steps(session: Session, running: Running, speed: Speed, stop: str | None) -> Alarm | None:
+    """What is due after a step: evaluation, sample, checkpoint, the end; an alarm instead if the step was bad."""
+    config, number = session.program.config, running.number
+    train, inside = config.train, number < config.train.steps
+    evaluates = train.eval_every and number % train.eval_every == 0 and inside
+    samples = train.sample_every and number % train.sample_every == 0 and inside
+    saves = _save_due(config, number, running.saved_at) or stop or not inside
+    if not (evaluates or samples or saves):
+        return None
+    if alarm := _settle(session, running, speed):  # a step whose loss isn't finite is never saved
+        return alarm
+    if evaluates:
+        evaluate_sets(session, session.averaged(running.state), number)
+        running.ended = saturated(session)
+    if samples:
+        sample_text(session, session.averaged(running.state), number)
+    if saves or running.ended:
+        _save(session, running)
+    if running.ended:
+        logging.info("step %d: saturated, no improvement beyond the standard error in %d evaluations", number,
+                     train.stop_after_flat)
+    elif stop and inside:
+        with session.clock.measure("saving"):
+            session.checkpointer.wait()
+        session.note_checkpoints()
+        session.note("preempted", number, reason=stop)
+        raise Interrupted(f"stopped after step {number} of {train.steps}; the same command goes on from there")
+    return None
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
@@ -235,13 +246,9 @@ def _save_due(config: Config, number: int, saved_at: float) -> bool:
     return bool(every and number % every == 0) or bool(minutes and time.monotonic() - saved_at > 60 * minutes)
 
 
-def _report(session: Session, speed: Speed, number: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Reads a step's metrics; stops on a number that isn't finite; logs every `log_every` steps and the last."""
+def _report(session: Session, speed: Speed, number: int, values: Mapping[str, float]) -> None:
+    """Logs a step's metrics every `log_every` steps and at the last, with the shares of the goodput."""
     config, program = session.program.config, session.program
-    values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-    for name in ("objective", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise Diverged(f"step {number}: {name} is {values[name]}; nothing since the last checkpoint was saved")
     if (number % config.train.log_every and number != config.train.steps) or not speed.steps:
         return
     timing = speed.take()
@@ -254,6 +261,10 @@ def _report(session: Session, speed: Speed, number: int, metrics: Mapping[str, j
            "device_bytes": memory["bytes_in_use"] if memory else resident_bytes()}
     if session.recorder:
         session.recorder.row(number, row)
+        if session.goodput.due():
+            session.goodput.write()
+            for name, share in session.goodput.shares().items():
+                session.recorder.scalar(number, f"goodput/{name}", share)
     loss = values["loss"] if "loss" in values else values["objective"]
     words = {"loss": f"{loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}", **({"mfu": f"{100 * mfu:.0f}%"} if mfu else {})}
     session.bar.set_postfix(words, refresh=False)
@@ -272,9 +283,19 @@ def resident_bytes() -> int:
         return 0
 
 
-def _save(session: Session, state: TrainState, number: int) -> None:
+def _save(session: Session, running: Running) -> None:
+    """Saves, unless replicas of the state differ: what a faulty device has made is never saved.
+
+    Raises:
+      Interrupted: they do; a restart goes on from the last checkpoint.
+    """
+    config, state = session.program.config, running.state
     with session.clock.measure("saving"):
-        config = session.program.config
-        averaged = session.averaged(state) if averages(config) else None
-        session.checkpointer.save(state, {"sample": number * config.train.batch_size}, averaged)
-    session.note("saved", number)
+        if corrupted := disagreements(state):
+            reason = f"silent corruption: replicas differ on {'; '.join(corrupted[:4])}"
+            session.checkpointer.wait()
+            session.note_checkpoints()
+            session.note("alarm", running.number, reason=reason)
+            raise Interrupted(f"step {running.number}: {reason}; the same command goes on from the last checkpoint")
+        session.checkpointer.save(state, running.data(config), session.averaged(state) if averages(config) else None)
+    running.saved_at = time.monotonic()

@@ -1,19 +1,19 @@
-"""What a run tells: one row a logged step as JSON lines, the same in TensorBoard, and where its seconds went."""
+"""What a run tells: one row a logged step as JSON lines, and the same in TensorBoard."""
 
-import contextlib
 import math
 import os
-import time
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import hparams
 
 from research.config import difference, flatten
 from research.schema import METRICS_PREFIX, Config
-from research.training.workdir import Parts, truncate_rows
+from research.training.workdir import Parts, PatientFile, is_remote, truncate_rows
 
 # Columns of a metrics row -> TensorBoard tag; what isn't here keeps its name.
 TAGS = {"loss": "train/loss", "loss_se": "train/loss_se", "accuracy": "train/accuracy", "objective": "train/objective",
@@ -43,15 +43,37 @@ def tag_of(name: str) -> str:
     return name if "/" in name else f"train/{name}"
 
 
+class _Patient:
+    """Opens `patient:PATH` for tensorboardX. Its thread dies of a full disk otherwise, and then its queue blocks the run."""
+
+    PREFIX = "patient"
+
+    def open(self, path: str) -> PatientFile:
+        return PatientFile(path.removeprefix(f"{self.PREFIX}:"))
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{self.PREFIX}:"), exist_ok=True)
+
+
+register_writer_factory(_Patient.PREFIX, _Patient())
+
+
 class Recorder:
     """Writes rows from `start_step` on; rows of later steps (an interrupted run's) are dropped first, so none shows twice."""
 
     def __init__(self, workdir: epath.Path, start_step: int, mirror: Any = None):
         """`mirror`: also takes what TensorBoard takes, by tag (mirrors.WandbMirror)."""
-        truncate_rows(workdir, METRICS_PREFIX, start_step)
-        self._parts = Parts(workdir, METRICS_PREFIX)
-        self._mirror = mirror
-        self._board = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1 if start_step else None, flush_secs=20)
+        self._workdir, self._mirror = workdir, mirror
+        board = os.fspath(workdir) if is_remote(workdir) else f"{_Patient.PREFIX}:{os.path.abspath(workdir)}"
+        self._board = SummaryWriter(board, flush_secs=20)
+        self.rewind(start_step)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was told of the steps after `step`: rows here, points when TensorBoard reads that a session started."""
+        truncate_rows(self._workdir, METRICS_PREFIX, step)
+        self._parts = Parts(self._workdir, METRICS_PREFIX)
+        for event in (Event(file_version="brain.Event:2"), Event(session_log=SessionLog(status=SessionLog.START))):
+            self._board.file_writer.add_event(event, step + 1)
 
     def hparams(self, config: Config, name: str, final: Mapping[str, float] | None = None) -> None:
         """The run's settings for TensorBoard's hparams tab, under `name`, with the final metrics once there are some."""
@@ -120,40 +142,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-class Clock:
-    """Seconds by category (monotonic); nested categories count for the inner one only."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._stack: list[str] = []
-        self._since = time.monotonic()
-
-    def _charge(self) -> None:
-        now = time.monotonic()
-        if self._stack:
-            top = self._stack[-1]
-            self.seconds[top] = (self.seconds[top] if top in self.seconds else 0.0) + now - self._since
-        self._since = now
-
-    @contextlib.contextmanager
-    def measure(self, category: str) -> Iterator[None]:
-        self._charge()
-        self._stack.append(category)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._stack.pop()
-
-    def total(self) -> float:
-        self._charge()
-        return sum(self.seconds.values())
-
-    def get(self, category: str) -> float:
-        self._charge()
-        return self.seconds[category] if category in self.seconds else 0.0
 
 
 class Speed:

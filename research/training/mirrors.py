@@ -69,7 +69,7 @@ class Announced:
         if error is None:
             event, reason = "finished", ""
         else:
-            event = "preempted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "alarm"
+            event = "preempted" if isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit)) else "alarm"
             reason = f"{type(error).__name__}: {error}"
         text = f"{self._message['run']} {event}" + (f" ({reason})" if reason else "")
         post(self._url, {"event": event, **self._message, "reason": reason, "time": time.time(), "text": text})

@@ -82,8 +82,8 @@ def saturated(session: Session) -> bool:
     return flat >= config.train.stop_after_flat
 
 
-def finish(session: Session, state: TrainState, start: int, steps_done: int) -> dict[str, Any]:
-    """The last evaluation, the sample, and result.json, written last."""
+def finish(session: Session, state: TrainState, steps_done: int, trained: int) -> dict[str, Any]:
+    """The last evaluation, the sample, and result.json, written last. `trained`: steps of this launch."""
     config, program, clock = session.program.config, session.program, session.clock
     status = "finished" if steps_done == config.train.steps else "saturated"
     session.bar.close()
@@ -91,23 +91,21 @@ def finish(session: Session, state: TrainState, start: int, steps_done: int) -> 
     text = sample_text(session, session.averaged(state), steps_done) if config.train.sample_every else ""
     with clock.measure("saving"):
         session.checkpointer.wait()
+    session.note_checkpoints()
     if config.train.average:
         measured |= evaluate_sets(session, _average(session), steps_done, "/average")
     evaluations = {name: evaluation.summary for name, evaluation in measured.items()}
     first = evaluations[config.data.validation[0].name] if config.data.validation else None
-    seconds = clock.total()
     tokens = steps_done * program.tokens_per_step
-    trained = (steps_done - start) * program.tokens_per_step  # by this launch, as its clock
-    here = trained / max(clock.get("training") + clock.get("data_wait"), 1e-9)
+    here = trained * program.tokens_per_step / max(sum(map(clock.get, ("training", "repeated", "data_wait"))), 1e-9)
     result = {
         "schema": SCHEMA_VERSION, "status": status, "steps": steps_done, "samples": steps_done * config.train.batch_size,
         "tokens": tokens, "flops": tokens * program.flops_per_token, "params": program.model.param_counts(),
         "final_eval": evaluations, "final_eval_loss": first["loss"] if first else None,
         "final_eval_loss_se": first["se"] if first else None, "bits_per_byte": first["bits_per_byte"] if first else None,
         "tokens_per_second": here, "mfu": model_utilization(session, here),
-        "goodput": {name: round(value, 3) for name, value in clock.seconds.items()},
-        "chip_seconds": seconds * hardware.chip_count(jax.devices()),
-        **hardware_costs(seconds * hardware.chip_count(jax.devices())),
+        "goodput": {name: round(value, 3) for name, value in session.goodput.seconds().items()},
+        "chip_seconds": session.goodput.chip_seconds(), **hardware_costs(session.goodput.chip_seconds()),
         "corpus_sha256": session.data.corpus_hash, "params_sha256": params_sha256(state.params), "sample": text,
     }
     if session.recorder:
@@ -133,7 +131,7 @@ def write_documents(workdir: epath.Path, name: str, evaluation: Evaluation) -> N
 def _average(session: Session) -> Any:
     """The mean of the parameters of the last `train.average` checkpoints that were due."""
     config, checkpointer, shapes = session.program.config, session.checkpointer, session.program.abstract.params
-    chosen = averaged_steps(checkpointer.saved_steps(), config.checkpoint.every_steps, config.train.average)
+    chosen = averaged_steps(checkpointer.good_steps(), config.checkpoint.every_steps, config.train.average)
     if len(chosen) < config.train.average:
         logging.warning("train.average: of %d checkpoints, %s are there", config.train.average, chosen)
     with session.clock.measure("restoring"):

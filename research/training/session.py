@@ -1,13 +1,17 @@
 """How a run is started, and the parts of a running job that the loop and its reporting share."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable, Mapping
 
+import numpy as np
 from etils import epath
 
-from research.schema import METRICS_PREFIX, Config
+from research.errors import Interrupted
+from research.schema import HEARTBEAT, METRICS_PREFIX, Config
 from research.training.checkpoint import Checkpointer
-from research.training.metrics import Clock, Recorder
+from research.training.gang import Gang
+from research.training.goodput import Clock, Goodput
+from research.training.metrics import Recorder
 from research.training.program import Program
 from research.training.workdir import Ledger, read_rows
 
@@ -16,7 +20,10 @@ from research.training.workdir import Ledger, read_rows
 class Launch:
     """How a run is started, apart from its config. `minutes`: stop cleanly after so long, to go on with the next call.
 
-    `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in.
+    `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in;
+    `heartbeat`: seconds without a sign of life after which another process of the job is lost (gang.py). `fault`: for
+    tests and tools.chaos: (step, number of its first sample, this process's batch) -> the batch that is trained on instead;
+    called once for each step that is dispatched, so a passing fault goes by the call, one of the data by the sample.
     """
 
     workdir: str
@@ -27,6 +34,8 @@ class Launch:
     quiet: bool = False
     webhook: str | None = None
     wandb: str | None = None
+    heartbeat: float = HEARTBEAT
+    fault: Callable[[int, int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None
 
 
 @dataclasses.dataclass
@@ -41,16 +50,27 @@ class Session:
     ledger: Ledger | None
     checkpointer: Checkpointer
     clock: Clock
+    goodput: Goodput
     nll: Any
     peak_flops: float
     bar: Any
     averaged: Any  # state -> the parameters to evaluate
     evaluated: dict[tuple[int, str], tuple[float, float]]  # (step, set) -> (loss, se)
+    gang: Gang
 
     def note(self, event: str, step: int, **details: Any) -> None:
         """A line of the ledger, on the process that keeps it."""
         if self.ledger:
             self.ledger.write(event, step, **details)
+
+    def note_checkpoints(self) -> None:
+        """Enters what the checkpointer did since the last call. Raises Interrupted on a full disk, where that is asked for."""
+        events = self.checkpointer.events()
+        for event, step, details in events:
+            self.note(event, step, **details)
+        # One process alone can't stop the others here: they notice that it has gone.
+        if any(event == "alarm" for event, _, _ in events) and self.program.config.checkpoint.on_full == "stop":
+            raise Interrupted("the disk is full; make room, and the same command goes on from the last checkpoint")
 
 
 def evaluated_until(workdir: epath.Path, step: int) -> dict[tuple[int, str], tuple[float, float]]:

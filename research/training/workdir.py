@@ -14,12 +14,12 @@ import jax
 from etils import epath
 
 from research.config import difference, from_json, to_json
-from research.errors import InputError
+from research.errors import InputError, is_full
 from research.models.mixers import kinds
 from research.schema import CONFIG_FILE, LEDGER_EVENTS, LEDGER_PREFIX, LOCK_FILE, RESULT_FILE, SCHEMA_VERSION, Config
 
 # What may differ between two launches of one run, because it doesn't change what is computed.
-FREE = ("mesh.", "checkpoint.", "data.cache_dir", "train.log_every", "train.eval_every", "train.sample_every",
+FREE = ("mesh.", "checkpoint.", "guard.", "data.cache_dir", "train.log_every", "train.eval_every", "train.sample_every",
         "train.sample_prompt")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "grain")
 
@@ -146,13 +146,45 @@ class Parts:
         self._lines: list[str] = []
 
     def write(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row, allow_nan=False) + "\n"
+        """While the disk is full, rows wait in memory for one that can be written."""
+        self._lines.append(json.dumps(row, allow_nan=False) + "\n")
         if is_remote(self._path):
-            self._lines.append(line)
             self._path.write_text("".join(self._lines))
             return
-        with open(os.fspath(self._path), "a") as file:
-            file.write(line)
+        path = os.fspath(self._path)
+        length = os.path.getsize(path) if os.path.exists(path) else 0
+        try:
+            with open(path, "a") as file:
+                file.write("".join(self._lines))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if os.path.exists(path):
+                os.truncate(path, length)  # no half of a line
+            return
+        self._lines = []
+
+
+class PatientFile:
+    """A binary file for TensorBoard's writer: while the disk is full, what is flushed waits in memory."""
+
+    def __init__(self, path: str):
+        self._file, self._waiting = open(path, "ab", buffering=0), bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._waiting += data
+
+    def flush(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[:self._file.write(self._waiting)]
+        except OSError as error:
+            if not is_full(error):
+                raise
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
 
 
 def paths(workdir: epath.Path, prefix: str) -> list[epath.Path]:

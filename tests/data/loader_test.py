@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.data.loader import Loader, evaluation_batches
-from research.data.mixture import Mixture
+from research.data.mixture import Mixture, sample_at
 from research.data.packing import make_rows
 from research.errors import InputError
 from tests.data.corpora import make_cache
@@ -87,6 +87,21 @@ def test_another_batch_size_goes_on_with_the_same_samples(rows):
     for key in plain[0]:
         ours, theirs = (np.concatenate([b[key][0] for b in some]) for some in (ramp, plain))
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("start", [0, 3])
+def test_skipped_samples_are_left_out_of_the_same_order(rows, start, processes):
+    """Ranges inside a batch, over its edge, at the start; resumed or not, however many processes share it."""
+    skips, plain = ((0, 3), (9, 10), (21, 40)), batches(rows, 12)
+    places = [sample_at(place, skips) for place in range(8 * 6)]
+    assert places == [sample for sample in range(8 * 6 + 23) if not any(begin <= sample < end for begin, end in skips)]
+    for p in range(processes):
+        found = batches(rows, 6 - start, start_sample=8 * start, skips=skips, process_index=p, process_count=processes)
+        for key in FIELDS:
+            whole = np.concatenate([batch[key][0] for batch in plain])[places[8 * start:]]
+            whole = whole.reshape(-1, processes, 8 // processes, LENGTH)
+            np.testing.assert_array_equal(np.stack([batch[key][0] for batch in found]), whole[:, p])
 
 
 @pytest.mark.parametrize("threads,prefetch", [(0, 0), (1, 1), (5, 16)])

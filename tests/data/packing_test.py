@@ -1,5 +1,7 @@
 """Rows against a plain oracle: every token a target once, documents apart, padding inert."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,20 @@ def test_a_row_is_a_pure_function_of_its_number(packed, tmp_path):
         rows[len(rows)]
     assert document_order(rows) != document_order(make_rows(cache, 8, packed, seed=1))
     assert document_order(rows) != sorted(document_order(rows))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_row_names_its_documents(packed, tmp_path):
+    caches = [make_cache(tmp_path / name, LENGTHS["mixed"] * 2) for name in "ab"]
+    for name, cache in zip("ab", caches):
+        names = [f"{name}{d}" for d in range(len(cache.offsets_D1) - 1)]
+        (cache.path / "documents.json").write_text(json.dumps(names))
+    parts = [make_rows(cache, 8, packed, seed=0) for cache in caches]
+    for i in range(len(parts[0])):
+        inside = dict.fromkeys(parts[0][i]["document_index_L"].tolist())
+        assert parts[0].documents(i) == [f"a{d}" for d in inside if d >= 0] and parts[0].documents(i)
+    spread = SpreadRows(parts, [len(LENGTHS["mixed"]) * 2] * 2, 10**6)
+    assert spread.documents(0) == parts[0].documents(0) and spread.documents(len(parts[0])) == parts[1].documents(0)
 
 
 def test_the_order_of_documents_never_changes(tmp_path):

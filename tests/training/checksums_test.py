@@ -65,5 +65,5 @@ def test_an_array_that_changed_is_refused_by_name(tmp_path, item):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "checksums", flipped)
-            with pytest.raises(InputError, match=rf"checkpoint: {item}/.*gated_mlp_1/up of step 0 doesn't have the checksum"):
+            with pytest.raises(InputError, match=rf"no step in .* is good: step 0, {item}/.*gated_mlp_1/up doesn't have"):
                 checkpointer.restore(program.abstract)

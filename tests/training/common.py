@@ -1,4 +1,12 @@
-"""Batches and programs that the training tests share."""
+"""Batches, programs and commands that the training tests share."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,3 +60,38 @@ def one_device(config: Config) -> Program:
 
 def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(x) for name, x in batch.items()}
+
+
+class Job:
+    """The debug preset by the real command, in `directory`/`name`: one process, or several that talk through gloo."""
+
+    def __init__(self, directory: pathlib.Path, *settings: str, name: str = "run"):
+        self.workdir, self._directory = directory / name, directory
+        self._settings = [f"data.cache_dir={directory}", "model.dim=16", *settings]
+
+    def words(self, *extra: str) -> list[str]:
+        return ["--config=debug", f"--workdir={self.workdir}", *(f"--set={s}" for s in self._settings), *extra]
+
+    def environment(self, index: int, processes: int, devices: int = 1, port: int = 0) -> dict[str, str]:
+        job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes),
+               "JAX_PROCESS_ID": str(index)} if processes > 1 else {}
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        return {**os.environ, "RUNG_CACHE": str(self._directory), "XLA_FLAGS": flags, **job}
+
+    def start(self, *extra: str, processes: int = 1, devices: int = 1,
+              command: Callable[[int], list[str]] = lambda index: ["-m", "experiments.train"]) -> list[subprocess.Popen]:
+        """`command`: what Python is given before the flags, by process."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        words = [[sys.executable, *command(index), *self.words(*extra)] for index in range(processes)]
+        return [subprocess.Popen(words[index], env=self.environment(index, processes, devices, port), stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True) for index in range(processes)]
+
+    def wait_for(self, processes: list[subprocess.Popen], pattern: str) -> None:
+        """Until the run directory has a file like that."""
+        deadline = time.monotonic() + 200
+        while not list(self.workdir.glob(pattern)) and time.monotonic() < deadline:
+            for process in processes:
+                assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.01)

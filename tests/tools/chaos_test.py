@@ -1,0 +1,209 @@
+"""The harness: each fault is survived with the bits of the undisturbed run; what isn't is told; trials go on and add up."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import preset
+from research.errors import InputError
+from research.schema import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from tools import chaos, faults, trials
+from tools.chaos import make_job, prepare, summary, trial
+from tools.faults import BadBatches, Moment, Watch, damage, draw_moment, until
+from tools.trials import FAULTS
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+CHEAP, HARD = ("flip", "truncate", "delete", "nan", "spike", "disk_full"), ("kill", "term", "resize", "host_kill", "host_hang")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    home = tmp_path_factory.mktemp("chaos")
+    given = {"data.cache_dir": str(home), "train.steps": "64", "model.dim": "16"}
+    job = make_job("debug", preset("debug"), given, home / "job", 3.0)
+    prepare(job, CHEAP)
+    return job
+
+
+def test_every_fault_has_a_test():
+    assert set(CHEAP) | set(HARD) == set(FAULTS)
+
+
+@pytest.mark.parametrize("fault,number", [*((fault, 0) for fault in CHEAP), ("nan", 1), ("spike", 1)])
+def test_cheap_faults(job, fault, number):
+    """Trial 1 of nan and spike is of the lasting kind, whose data is skipped."""
+    row = trial(job, fault, number, 0)
+    assert row["survived"] and row["note"] == "", row
+    assert row["bitwise_expected"] == (number == 0) == row["bitwise_equal"], row
+    assert 0 <= row["steps_lost"] <= job.config.checkpoint.every_steps or row["bitwise_expected"] is False
+    assert not (job.home / f"{fault}-{number}").exists()
+
+
+def test_what_does_not_survive_is_told_and_kept(job, monkeypatch):
+    def damage_all(kind, step, rng):
+        return "; ".join(damage(kind, path, rng) for path in step.parent.iterdir() if path.name.isdigit())
+
+    monkeypatch.setattr(faults, "damage", damage_all)
+    row = trial(job, "delete", 7, 0)
+    assert not row["survived"] and not row["bitwise_equal"], row
+    assert row["note"].startswith("InputError: checkpoint: no step in"), row
+    assert (job.home / "delete-7").exists()
+
+
+def test_other_bits_and_a_step_shown_twice_are_told(job, tmp_path):
+    for path in job.reference.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    assert trials.judge(job, tmp_path, job.reference) == (True, True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    for name, other in (("params_sha256", "0"), ("final_eval_loss", np.nextafter(result["final_eval_loss"], 9.0))):
+        (tmp_path / "result.json").write_text(json.dumps({**result, name: other}))
+        assert trials.judge(job, tmp_path, job.reference) == (True, False)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with open(tmp_path / "metrics-0000.jsonl", "a") as file:
+        file.write(json.dumps({"step": 64, "loss": 1.0}) + "\n")
+    assert trials.judge(job, tmp_path, job.reference) == (False, False)
+    (tmp_path / "result.json").unlink()
+    assert trials.judge(job, tmp_path, job.reference) == (False, False)
+
+
+def test_trials_are_decided_by_their_seeds():
+    moments = [draw_moment(random.Random(f"{seed}/kill"), 1000, 100) for seed in range(600)]
+    assert moments == [draw_moment(random.Random(f"{seed}/kill"), 1000, 100) for seed in range(600)]
+    saves = [moment for moment in moments if moment.in_save]
+    assert 150 < len(saves) < 250 and {moment.step for moment in saves} == set(range(100, 999, 100))
+    steps = [moment.step for moment in moments if not moment.in_save]
+    assert min(steps) >= 1 and max(steps) <= 998 and 400 < np.mean(steps) < 600
+    assert draw_moment(random.Random(0), 3, 10).step in (1, 2)
+
+
+def test_the_moment_in_a_save(tmp_path):
+    """It is there as soon as the directory of the step is, under its final name or another one."""
+    with Watch(tmp_path) as watch:
+        assert not until(Moment(20, True), watch, tmp_path, lambda: True, seconds=0.05)
+        (tmp_path / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir(parents=True)
+        assert until(Moment(20, True), watch, tmp_path, lambda: True, seconds=5)
+        assert not until(Moment(2, True), watch, tmp_path, lambda: False, seconds=5)
+
+
+def test_the_watch_sees_the_recovery(tmp_path):
+    def add(name: str, row: dict) -> None:
+        with open(tmp_path / name, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    add("ledger-0000.jsonl", {"event": "started", "step": 0})
+    for step in range(1, 31):
+        add("metrics-0000.jsonl", {"step": step, "loss": 1.0})
+    add("metrics-0000.jsonl", {"step": 30, "set": "heldout"})
+    with Watch(tmp_path) as watch:
+        assert until(Moment(30), watch, tmp_path, lambda: True, seconds=5) and watch.step == 30
+        watch.hit()
+        assert not until(Moment(31), watch, tmp_path, lambda: True, seconds=0.05) and watch.resumed is None
+        (tmp_path / "metrics-0000.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 21)))
+        add("ledger-0001.jsonl", {"event": "resumed", "step": 20})
+        add("metrics-0001.jsonl", {"step": 21, "loss": 1.0})
+        deadline = time.monotonic() + 5
+        while watch.recover_seconds is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert watch.resumed == 20 and watch.recover_seconds > 0.04 and not faults.steps_once(tmp_path, 30)
+    assert faults.steps_once(tmp_path, 21)
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
+def test_damage_changes_one_file(tmp_path, kind):
+    for seed in range(20):
+        step = tmp_path / f"{seed}"
+        (step / "params").mkdir(parents=True)
+        before = {"params/a": bytes(range(100)), "meta": b"{}"}
+        for name, data in before.items():
+            (step / name).write_bytes(data)
+        damage(kind, step, random.Random(seed))
+        after = {name: (step / name).read_bytes() if (step / name).exists() else None for name in before}
+        changed = [name for name in before if after[name] != before[name]]
+        assert len(changed) == 1
+        old, new = before[changed[0]], after[changed[0]]
+        if kind == "flip":
+            assert sum(bin(x ^ y).count("1") for x, y in zip(old, new, strict=True)) == 1
+        else:
+            assert new is None if kind == "delete" else old.startswith(new)
+
+
+def test_bad_batches_come_once_or_with_their_samples():
+    batch = {"weights_BxL": np.ones((2, 4), np.float32), "targets_BxL": np.arange(8).reshape(2, 4)}
+    calls = [1, 2, 3, 4, 2, 3, 4]  # steps; after the first four the run goes back to step 1
+    for lasting, wanted in ((False, [0, 0, 1, 1, 0, 0, 0]), (True, [0, 0, 1, 1, 0, 1, 1])):
+        bad = BadBatches("nan", 3, 2, 8, lasting, 0)
+        hit = [bool(np.isnan(bad(step, (step - 1) * 8, batch)["weights_BxL"]).all()) for step in calls]
+        assert hit == [bool(x) for x in wanted] and bad.recover_seconds is not None
+    shifted = BadBatches("spike", 3, 1, 8, True, 0)  # after a skip another step has those samples
+    assert shifted(3, 5 * 8, batch) is batch
+    assert not np.array_equal(shifted(9, 2 * 8, batch)["targets_BxL"], batch["targets_BxL"])
+
+
+def test_the_summary_is_of_the_worst_trial():
+    row = {"fault": "kill", "survived": True, "bitwise_equal": True, "bitwise_expected": True, "steps_lost": 3,
+           "recover_seconds": 2.0}
+    rows = [row, {**row, "steps_lost": 9, "bitwise_equal": False}, {**row, "survived": False, "recover_seconds": None}]
+    none = {"trials": 0, "survived": 0, "bitwise_equal": 0, "bitwise_expected": 0, "steps_lost": None, "recover_seconds": None}
+    assert summary(rows, ["kill", "nan"]) == {"nan": none, "kill": {
+        "trials": 3, "survived": 2, "bitwise_equal": 2, "bitwise_expected": 3, "steps_lost": 9, "recover_seconds": 2.0}}
+
+
+def test_another_job_is_refused(job):
+    with pytest.raises(InputError, match="--workdir: .* holds trials of another job"):
+        make_job("debug", preset("debug"), {"train.steps": "65"}, job.home, 3.0)
+
+
+def call(home: pathlib.Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "RUNG_CACHE": str(home / "cache"), "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "tools.chaos", "--config=debug", f"--workdir={home / 'job'}", "--json",
+               "--heartbeat=3", f"--set=data.cache_dir={home}", "--set=train.steps=300", "--set=checkpoint.every_steps=50",
+               *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+
+
+@pytest.mark.slow
+def test_hard_faults_by_the_command(tmp_path):
+    """Two trials of each, in three calls: the first has no time for any, the second goes on, the third finds all done."""
+    faults_flag = f"--faults={','.join(HARD)}"
+    stopped = call(tmp_path, faults_flag, "--trials=2", "--minutes=0")
+    assert stopped.returncode == EXIT_INTERRUPTED, stopped.stderr
+    assert json.loads(stopped.stdout)["faults"]["kill"]["trials"] == 0
+    done = call(tmp_path, faults_flag, "--trials=2")
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)["faults"]
+    assert json.loads(call(tmp_path, faults_flag, "--trials=2").stdout)["faults"] == table
+    assert set(table) == set(HARD)
+    for fault, row in table.items():
+        assert row["trials"] == row["survived"] == 2, (fault, done.stderr)
+        assert row["bitwise_expected"] == (0 if fault == "resize" else 2), (fault, done.stderr)
+        assert fault == "resize" or row["bitwise_equal"] == 2, (fault, done.stderr)
+        assert row["recover_seconds"] < 60 and row["steps_lost"] <= 2 * 50 + 20, (fault, done.stderr)
+    assert table["term"]["steps_lost"] <= 5  # those between what the harness saw and where the run stopped
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line(tmp_path):
+    done = call(tmp_path, "--faults=kil")
+    assert done.returncode == EXIT_BAD_INPUT, done.stderr
+    assert done.stderr.startswith("error: --faults: unknown 'kil'; did you mean kill"), done.stderr
+
+
+def test_resize_says_where_it_cannot(job, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(InputError, match="resize needs a CPU"):
+        trial(job, "resize", 0, 0)
+
+
+def test_the_table_of_faults_is_that_of_the_help():
+    for fault in FAULTS:
+        assert fault in chaos.__doc__
