@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from kernels.varying import vary_alike
 
 MASK_KINDS = ("causal", "bidirectional", "prefix")
-REFERENCE_MAX_SCORES = 1024 * 1024  # L*S up to which all scores at once are faster than a loop over chunks
 QUERY_CHUNK = 256  # queries whose scores are alive at one time in `chunked`
 
 
@@ -54,6 +53,26 @@ def visible(context: Context, rule: Rule) -> jax.Array:
     return seen_BxLxS
 
 
+def _scores(
+    q_BxGxRxLxK: jax.Array, k_BxGxSxK: jax.Array, alibi_slopes_H: jax.Array | None, context: Context, rule: Rule
+) -> tuple[jax.Array, jax.Array]:
+    """(scores_BxGxRxLxS before the mask, float32; seen_Bx1x1xLxS)."""
+    scores = jnp.einsum("bgrlk,bgsk->bgrls", q_BxGxRxLxK, k_BxGxSxK, preferred_element_type=jnp.float32)
+    scores *= rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    if alibi_slopes_H is not None:
+        scores -= _bias(alibi_slopes_H, scores.shape[1:3], context)
+    return scores, visible(context, rule)[:, None, None]
+
+
+def _bias(alibi_slopes_H: jax.Array, heads: tuple[int, int], context: Context) -> jax.Array:
+    """slope * distance: bias_BxGxRxLxS. What a causal mask lets through is never negative; elsewhere, later is as far as
+    earlier."""
+    distance_BxLxS = jnp.abs(context.q_positions_BxL[:, :, None] - context.k_positions_BxS[:, None, :])
+    return alibi_slopes_H.astype(jnp.float32).reshape(1, *heads, 1, 1) * distance_BxLxS[:, None, None]
+
+
 def reference(
     q_BxLxHxK: jax.Array,
     k_BxSxGxK: jax.Array,
@@ -66,20 +85,8 @@ def reference(
     B, L, H, K = q_BxLxHxK.shape
     G, V = v_BxSxGxV.shape[2:]
     R = H // G  # query heads per key head: grouped-query attention without repeating the keys
-    q_BxLxGxRxK = q_BxLxHxK.reshape(B, L, G, R, K)
-    scores_BxGxRxLxS = jnp.einsum(
-        "blgrk,bsgk->bgrls", q_BxLxGxRxK, k_BxSxGxK, preferred_element_type=jnp.float32
-    )
-    scores_BxGxRxLxS *= rule.scale
-    if rule.softcap is not None:
-        scores_BxGxRxLxS = rule.softcap * jnp.tanh(scores_BxGxRxLxS / rule.softcap)
-    if alibi_slopes_H is not None:
-        distance_BxLxS = context.q_positions_BxL[:, :, None] - context.k_positions_BxS[:, None, :]
-        slopes_1xGxRx1x1 = alibi_slopes_H.astype(jnp.float32).reshape(1, G, R, 1, 1)
-        # What a causal mask lets through is never negative; elsewhere, later is as far as earlier.
-        scores_BxGxRxLxS -= slopes_1xGxRx1x1 * jnp.abs(distance_BxLxS)[:, None, None]
-
-    seen_Bx1x1xLxS = visible(context, rule)[:, None, None]
+    q_BxGxRxLxK = jnp.moveaxis(q_BxLxHxK.reshape(B, L, G, R, K), 1, 3)
+    scores_BxGxRxLxS, seen_Bx1x1xLxS = _scores(q_BxGxRxLxK, jnp.moveaxis(k_BxSxGxK, 1, 2), alibi_slopes_H, context, rule)
     # A finite floor, not -inf: a query that sees nothing then has finite weights, which the second `where`
     # makes 0, so that neither its output nor any gradient through it can be NaN.
     floor = jnp.finfo(jnp.float32).min
@@ -104,53 +111,91 @@ def chunked(
 ) -> jax.Array:
     """`reference`, for QUERY_CHUNK queries at a time: memory linear in L and in S, forward and backward.
 
-    The backward pass keeps q, k and v alone and makes each chunk's scores again; the gradients of k, v and
-    the slopes are summed over chunks in float32. Reverse mode only (custom_vjp); forward mode: `reference`.
+    The backward pass keeps q, k, v, y and each query's log of the sum, and makes each chunk's weights again from them
+    (Dao et al. 2022, appendix B.2); the gradients of k, v and the slopes are summed over chunks in float32. Reverse mode
+    only (custom_vjp); forward mode: `reference`.
     """
-    L = q_BxLxHxK.shape[1]
+    B, L, H, K = q_BxLxHxK.shape
+    G, V = v_BxSxGxV.shape[2:]
     C = min(QUERY_CHUNK, L)
 
     def split(x_BxLx: jax.Array) -> jax.Array:
         """N chunks of C queries, in front; what fills the last one up is segment 0, which sees nothing."""
         x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -L % C)] + [(0, 0)] * (x_BxLx.ndim - 2))
-        x_BxNxCx = x_BxLx.reshape(x_BxLx.shape[0], -1, C, *x_BxLx.shape[2:])
-        return jnp.moveaxis(x_BxNxCx, 1, 0)
+        return jnp.moveaxis(x_BxLx.reshape(B, -1, C, *x_BxLx.shape[2:]), 1, 0)
 
-    def join(x_NxBxCx: jax.Array) -> jax.Array:
-        x_BxNxCx = jnp.moveaxis(x_NxBxCx, 0, 1)
-        return x_BxNxCx.reshape(x_BxNxCx.shape[0], -1, *x_BxNxCx.shape[3:])[:, :L]
+    def split_heads(x_BxLxHxK: jax.Array) -> jax.Array:
+        """x_NxBxGxRxCxK: heads in front of the queries, so that every product below is one of plain matrices."""
+        x_NxBxCxGxRxK = split(x_BxLxHxK.reshape(B, L, G, H // G, -1))
+        return jnp.moveaxis(x_NxBxCxGxRxK, 2, 4)
 
-    def split_queries(q: jax.Array, context: Context) -> tuple[jax.Array, ...]:
-        return split(q), split(context.q_positions_BxL), split(context.q_segment_ids_BxL)
+    def join_heads(x_NxBxGxRxCxK: jax.Array) -> jax.Array:
+        x_BxNxCxGxRxK = jnp.moveaxis(x_NxBxGxRxCxK, (1, 4), (0, 2))
+        return x_BxNxCxGxRxK.reshape(B, -1, H, x_BxNxCxGxRxK.shape[-1])[:, :L]
 
-    def one_chunk(q, k, v, slopes, q_positions, q_segment_ids, context):
-        own = context._replace(q_positions_BxL=q_positions, q_segment_ids_BxL=q_segment_ids)
-        return reference(q, k, v, slopes, own, rule)
+    def queries(context: Context) -> tuple[jax.Array, jax.Array]:
+        return split(context.q_positions_BxL), split(context.q_segment_ids_BxL)
+
+    def own(context: Context, who: tuple[jax.Array, jax.Array]) -> Context:
+        return context._replace(q_positions_BxL=who[0], q_segment_ids_BxL=who[1])
 
     @jax.custom_vjp
     def run(q, k, v, slopes, context):
-        def body(chunk):
-            q_chunk, *who = chunk
-            return one_chunk(q_chunk, k, v, slopes, *who, context)
-
-        return join(jax.lax.map(body, split_queries(q, context)))
+        return forward(q, k, v, slopes, context)[0]
 
     def forward(q, k, v, slopes, context):
-        return run(q, k, v, slopes, context), (q, k, v, slopes, context)
+        k_BxGxSxK, v_BxGxSxV = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+
+        def body(chunk):
+            q_BxGxRxCxK, *who = chunk
+            scores, seen = _scores(q_BxGxRxCxK, k_BxGxSxK, slopes, own(context, who), rule)
+            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            sees_none = total == 0
+            y = jnp.einsum("bgrcs,bgsv->bgrcv", weights.astype(v.dtype), v_BxGxSxV, preferred_element_type=jnp.float32)
+            y = y / jnp.where(sees_none, 1.0, total)
+            return y.astype(q.dtype), top + jnp.log(jnp.where(sees_none, 1.0, total))
+
+        y_NxBxGxRxCxV, lse_NxBxGxRxCx1 = jax.lax.map(body, (split_heads(q), *queries(context)))
+        y = join_heads(y_NxBxGxRxCxV)
+        return y, (q, k, v, slopes, context, y, lse_NxBxGxRxCx1)
 
     def backward(saved, dy_BxLxHxV):
-        q, k, v, slopes, context = saved
+        q, k, v, slopes, context, y_BxLxHxV, lse_NxBxGxRxCx1 = saved
+        k_BxGxSxK, v_BxGxSxV = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+        pulled_BxLxHx1 = jnp.sum(dy_BxLxHxV.astype(jnp.float32) * y_BxLxHxV.astype(jnp.float32), axis=-1, keepdims=True)
 
         def body(sums, chunk):
-            (q_chunk, *who), dy_chunk = chunk
-            _, pull = jax.vjp(lambda q, *shared: one_chunk(q, *shared, *who, context), q_chunk, k, v, slopes)
-            dq_chunk, *dshared = pull(dy_chunk)
-            return jax.tree.map(lambda total, d: total + d.astype(jnp.float32), sums, dshared), dq_chunk
+            q_BxGxRxCxK, dy_BxGxRxCxV, pulled, lse, *who = chunk
+            scores, seen = _scores(q_BxGxRxCxK, k_BxGxSxK, slopes, own(context, who), rule)
+            weights = jnp.where(seen, jnp.exp(scores - lse), 0.0)
+            dweights = jnp.einsum("bgrcv,bgsv->bgrcs", dy_BxGxRxCxV, v_BxGxSxV, preferred_element_type=jnp.float32)
+            dscores = weights * (dweights - pulled)
+            dslopes = None
+            if slopes is not None:
+                distance_BxCxS = jnp.abs(who[0][:, :, None] - context.k_positions_BxS[:, None, :])
+                dslopes = -jnp.sum(dscores * distance_BxCxS[:, None, None], axis=(0, 3, 4)).reshape(H)
+            if rule.softcap is not None:  # the bias of ALiBi is added after the cap
+                capped = scores if slopes is None else scores + _bias(slopes, scores.shape[1:3], own(context, who))
+                dscores *= 1 - jnp.square(capped / rule.softcap)
+            dscores = (dscores * rule.scale).astype(q.dtype)
+            dq = jnp.einsum("bgrcs,bgsk->bgrck", dscores, k_BxGxSxK, preferred_element_type=jnp.float32)
+            # The narrow side first: its product with the wide one needs no transposed copy of that.
+            dk_BxGxKxS = jnp.einsum("bgrck,bgrcs->bgks", q_BxGxRxCxK, dscores, preferred_element_type=jnp.float32)
+            dv_BxGxVxS = jnp.einsum("bgrcv,bgrcs->bgvs", dy_BxGxRxCxV, weights.astype(v.dtype),
+                                    preferred_element_type=jnp.float32)
+            return jax.tree.map(jnp.add, sums, [dk_BxGxKxS, dv_BxGxVxS, dslopes]), dq.astype(q.dtype)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), [k, v, slopes])
-        sums, dq_NxBxCxHxK = jax.lax.scan(body, zeros, (split_queries(q, context), split(dy_BxLxHxV)))
-        dk, dv, dslopes = jax.tree.map(lambda total, x: total.astype(x.dtype), sums, [k, v, slopes])
-        return join(dq_NxBxCxHxK), dk, dv, dslopes, None
+        zeros = [jnp.zeros((B, G, K, k.shape[1]), jnp.float32), jnp.zeros((B, G, V, k.shape[1]), jnp.float32),
+                 None if slopes is None else jnp.zeros(H, jnp.float32)]
+        zeros = jax.tree.map(lambda zero: vary_alike(zero, q)[0], zeros)
+        chunks = (split_heads(q), split_heads(dy_BxLxHxV), split_heads(pulled_BxLxHx1), lse_NxBxGxRxCx1, *queries(context))
+        (dk_BxGxKxS, dv_BxGxVxS, dslopes), dq = jax.lax.scan(body, zeros, chunks)
+        dk, dv = jnp.moveaxis(dk_BxGxKxS, 3, 1), jnp.moveaxis(dv_BxGxVxS, 3, 1)
+        dslopes = None if slopes is None else dslopes.astype(slopes.dtype)
+        return join_heads(dq), dk.astype(k.dtype), dv.astype(v.dtype), dslopes, None
 
     run.defvjp(forward, backward)
     return run(*vary_alike(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H), context)
@@ -159,13 +204,13 @@ def chunked(
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked}
 
 
-def default_implementation(query_len: int, key_len: int) -> Callable[..., jax.Array]:
+def default_implementation(query_len: int) -> Callable[..., jax.Array]:
     """What runs when none is named: the portable implementation for a static shape.
 
     A kernel for one platform joins here, as a branch decided when the program is lowered:
     `lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=kernel, default=portable)`.
     """
-    return reference if query_len * key_len <= REFERENCE_MAX_SCORES else chunked
+    return reference if query_len == 1 else chunked
 
 
 def attention(
@@ -237,7 +282,7 @@ def attention(
     if alibi_slopes_H is not None and alibi_slopes_H.shape != (H,):
         raise ValueError(f"attention: alibi_slopes_H has shape {alibi_slopes_H.shape}, not {(H,)}")
     if implementation is None:
-        run = default_implementation(L, S)
+        run = default_implementation(L)
     elif implementation in IMPLEMENTATIONS:
         run = IMPLEMENTATIONS[implementation]
     else:

@@ -51,8 +51,10 @@ def _score(logits_BxLxV: jax.Array, targets_BxL: jax.Array) -> tuple[jax.Array, 
     # A comparison, not a gather: it stays local when the vocabulary is sharded.
     target_BxLxV = jnp.arange(V) == targets_BxL[..., None]
     lse_BxL = jax.nn.logsumexp(logits_BxLxV, axis=-1)
-    nll_BxL = lse_BxL - jnp.sum(jnp.where(target_BxLxV, logits_BxLxV, 0.0), axis=-1)
-    return nll_BxL, lse_BxL, jnp.argmax(logits_BxLxV, axis=-1) == targets_BxL
+    target_logit_BxL = jnp.sum(jnp.where(target_BxLxV, logits_BxLxV, 0.0), axis=-1)
+    # The largest is known from the logsumexp: comparing with it costs nothing, an argmax a pass of its own.
+    correct_BxL = (target_logit_BxL >= jnp.max(logits_BxLxV, axis=-1)) & (targets_BxL >= 0) & (targets_BxL < V)
+    return lse_BxL - target_logit_BxL, lse_BxL, correct_BxL
 
 
 def _total(nll_BxL: jax.Array, lse_BxL: jax.Array, weights_BxL: jax.Array, z_loss: float) -> jax.Array:

@@ -106,7 +106,8 @@ class Backbone(nn.Module):
                 layer_class = nn.remat(Layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
             scanned = nn.scan(
                 layer_class, variable_axes={"params": 0, "adapters": 0}, split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast), length=stage.repeats, metadata_params={nn.PARTITION_NAME: LAYERS})
+                in_axes=(0, 0, nn.broadcast), length=stage.repeats, unroll=min(self.cfg.unroll, stage.repeats),
+                metadata_params={nn.PARTITION_NAME: LAYERS})
             layers = jnp.arange(offset, offset + stage.repeats)
             (x_BxLxD, shared), (new_state, aux) = scanned(self.cfg, stage, name=name)(
                 (x_BxLxD, shared), layers, None if state is None else state[name], ctx)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import linear
 from research.config import MixerConfig, Positive
 from research.models.context import Context
 from research.params import fan_in, param, zeros
@@ -46,11 +47,15 @@ class _Stateless(nn.Module):
         return {}
 
     def linear(self, name: str, x_BxLxI: jax.Array, size: int, axes: tuple[str, str], bias: bool) -> jax.Array:
-        weight_IxO = param(self, name, (x_BxLxI.shape[-1], size), axes, fan_in(), inputs=axes[:1])
-        y_BxLxO = jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO)
-        if bias:
-            y_BxLxO += param(self, f"{name}_bias", (size,), axes[1:], zeros, role="vector").astype(y_BxLxO.dtype)
-        return y_BxLxO
+        return self.with_bias(name, linear(x_BxLxI, self.weight(name, x_BxLxI.shape[-1], size, axes)), axes[1], bias)
+
+    def weight(self, name: str, inputs: int, outputs: int, axes: tuple[str, str]) -> jax.Array:
+        return param(self, name, (inputs, outputs), axes, fan_in(), inputs=axes[:1])
+
+    def with_bias(self, name: str, y_BxLxO: jax.Array, axis: str, bias: bool) -> jax.Array:
+        if not bias:
+            return y_BxLxO
+        return y_BxLxO + param(self, f"{name}_bias", y_BxLxO.shape[-1:], (axis,), zeros, role="vector").astype(y_BxLxO.dtype)
 
 
 class MlpMixer(_Stateless):
@@ -76,10 +81,11 @@ class GatedMlpMixer(_Stateless):
         cfg = self.cfg
         gate_BxLxF = self.linear("gate", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
         up_BxLxF = self.linear("up", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
-        # Only gate and up are kept for the backward pass; the product and what the activation keeps are made again.
         activate = ACTIVATIONS[cfg.activation]
-        h_BxLxF = jax.checkpoint(lambda gate, up: activate(gate) * up)(gate_BxLxF, up_BxLxF)
-        return self.linear("down", h_BxLxF, x_BxLxD.shape[-1], ("mlp", "embed"), cfg.bias), state, {}
+        down_FxD = self.weight("down", cfg.hidden, x_BxLxD.shape[-1], ("mlp", "embed"))
+        # Only gate and up are kept for the backward pass; their product and what the activation keeps are made again.
+        y_BxLxD = jax.checkpoint(lambda gate, up, down: linear(activate(gate) * up, down))(gate_BxLxF, up_BxLxF, down_FxD)
+        return self.with_bias("down", y_BxLxD, "embed", cfg.bias), state, {}
 
     @staticmethod
     def flops(cfg: GatedMlp, dim: int, seq_len: int, causal: bool = True) -> float:

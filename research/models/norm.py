@@ -24,7 +24,9 @@ class NormLayer(nn.Module):
         shape = (x_BxLxD.shape[-1],)
         gain_D = param(self, "gain", shape, ("embed",), ones, role="vector").astype(jnp.float32)
         if self.config.kind == "rmsnorm":
-            return (rms_normalize(x_BxLxD, self.config.eps) * gain_D).astype(x_BxLxD.dtype)
+            # Only x and the gain are kept for the backward pass: the rest is one pass to make again.
+            normalize = jax.checkpoint(lambda x, gain: (rms_normalize(x, self.config.eps) * gain).astype(x.dtype))
+            return normalize(x_BxLxD, gain_D)
         bias_D = param(self, "bias", shape, ("embed",), zeros, role="vector").astype(jnp.float32)
         centered = x_BxLxD.astype(jnp.float32)
         centered = centered - jnp.mean(centered, axis=-1, keepdims=True)

@@ -1,0 +1,46 @@
+"""The product of tokens with a weight, and a backward pass that never transposes the larger side.
+
+`dot_general`'s own transpose rule makes the weight's gradient as (gradient^T @ x)^T: on a CPU that copies the whole
+incoming gradient into another layout, and what was computed elementwise before it (a gate, an activation) is then
+computed in that slow order. Here the narrower of the two is transposed; accelerators don't care.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels.varying import vary_alike
+
+
+def linear(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> jax.Array:
+    """x @ weight: y_BxLxO, for any leading axes of x. Reverse mode only (custom_vjp).
+
+    Floating; the result is in the wider of the two dtypes, each gradient in the dtype of what it is for.
+    """
+    dtype = jnp.result_type(x_BxLxI, weight_IxO)
+    return _product(*vary_alike(x_BxLxI.astype(dtype), weight_IxO.astype(dtype)))
+
+
+@jax.custom_vjp
+def _product(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> jax.Array:
+    return jnp.matmul(x_BxLxI, weight_IxO)
+
+
+def _forward(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x_BxLxI, weight_IxO), (x_BxLxI, weight_IxO)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], dy_BxLxO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BxLxI, weight_IxO = saved
+    tokens = tuple(range(x_BxLxI.ndim - 1))
+    over_tokens = ((tokens, tokens), ((), ()))
+    narrow_first = weight_IxO.shape[0] <= weight_IxO.shape[1]
+    if narrow_first:
+        dweight_IxO = jax.lax.dot_general(x_BxLxI, dy_BxLxO, over_tokens)
+    else:
+        dweight_IxO = jax.lax.dot_general(dy_BxLxO, x_BxLxI, over_tokens).T
+    return jnp.matmul(dy_BxLxO, weight_IxO.T), dweight_IxO
+
+
+_product.defvjp(_forward, _backward)

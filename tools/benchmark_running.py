@@ -1,0 +1,198 @@
+"""What `tools.benchmark` measures besides the step: data, start-up, checkpoints, and the loss's memory."""
+
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import PRESETS
+from research.config import override
+from research.schema import LEDGER_PREFIX, Config
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring for each program that XLA compiles
+
+
+def running(config: Config, steps: int = 40) -> dict[str, float]:
+    """Steps with the real loader, as the loop takes them: share of time waiting for data, programs compiled after step 1."""
+    from research.data import pipeline
+    from research.data.loader import Loader
+    from research.training.loop import put_batch
+    from research.training.program import make_program
+    from research.training.state import init_state
+
+    data = pipeline.prepare(config.data, config.model.vocab_size, config.seed, quiet=True)
+    program = make_program(config)
+    compiled = program.compile()
+    state = init_state(program.model.init, program.optimizer, program.layout, config.seed)
+    loader = Loader(data.train, data.weights, config.seed, config.train.batch_size, config.train.microbatches)
+    programs: list[float] = []
+
+    def note(event: str, duration: float, **_: Any) -> None:
+        if event == COMPILED:
+            programs.append(duration)
+
+    waited, began = 0.0, time.perf_counter()
+    for number in range(steps + 1):
+        if number == 1:  # the first step also compiles what puts its batch in place
+            jax.monitoring.register_event_duration_secs_listener(note)
+            waited, began = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        batch = put_batch(next(loader), program.layout.batch())
+        waited += time.perf_counter() - asked
+        state, metrics = compiled(state, None, batch)
+        jax.block_until_ready(metrics)
+    share = waited / (time.perf_counter() - began)
+    jax.monitoring.clear_event_listeners()
+    loader.close()
+    return {"data_wait_share": share, "recompilations": len(programs), "steps": steps}
+
+
+def loss_memory(tokens: int = 4096, dim: int = 256) -> dict[str, Any]:
+    """Temporaries (bytes) of the loss and its gradients for two vocabularies, with all logits and in chunks."""
+    from kernels.cross_entropy import cross_entropy
+
+    found: dict[str, Any] = {"tokens": tokens, "dim": dim}
+    for name in ("reference", "chunked"):
+        for vocab in (8192, 65536):
+            def loss(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, implementation: str = name) -> jax.Array:
+                return cross_entropy(hidden, unembedding, targets, jnp.ones(targets.shape), implementation=implementation)[0]
+
+            shapes = (jax.ShapeDtypeStruct((8, tokens // 8, dim), jnp.float32), jax.ShapeDtypeStruct((dim, vocab), jnp.float32),
+                      jax.ShapeDtypeStruct((8, tokens // 8), jnp.int32))
+            compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+            found[f"{name}_{vocab}"] = compiled.memory_analysis().temp_size_in_bytes
+    return found
+
+
+def start(rounds: int) -> dict[str, Any]:
+    """Seconds from starting Python to the end of the first step of `debug`, in a new process each, compiled programs kept."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(rounds + 1):  # the first fills the caches
+            began = time.time()
+            subprocess.run([sys.executable, "-m", "experiments.train", "--config=debug", f"--workdir={directory}/{number}",
+                            "--set=train.steps=1", "--set=train.log_every=1"], check=True, capture_output=True)
+            rows = _rows(pathlib.Path(directory, str(number)), LEDGER_PREFIX)
+            seconds.append(next(row["time"] for row in rows if row["event"] in ("saved", "finished")) - began)
+    return {"cold": seconds[0], "seconds": statistics.median(seconds[1:]), "all": seconds[1:]}
+
+
+def checkpoints(steps: int = 60) -> dict[str, Any]:
+    """A run that saves: seconds that saving kept the loop, and its share of the whole saves' seconds."""
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run([sys.executable, "-m", "experiments.train", "--config=quickstart", f"--workdir={directory}/run",
+                        f"--set=train.steps={steps}", "--set=checkpoint.every_steps=10", "--set=optim.warmup_steps=5",
+                        "--set=train.eval_every=0", "--set=train.sample_every=0"], check=True, capture_output=True)
+        run = pathlib.Path(directory, "run")
+        saves = [row for row in _rows(run, LEDGER_PREFIX) if row["event"] == "saved"]
+        size = sum(p.stat().st_size for p in (run / "checkpoints").rglob("*") if p.is_file())
+    return {"saves": saves, "kept_bytes": size}
+
+
+def _rows(run: pathlib.Path, prefix: str) -> list[dict]:
+    return [json.loads(line) for path in sorted(run.glob(f"{prefix}*")) for line in path.read_text().splitlines()]
+
+
+def texts(limit: int) -> list[str]:
+    """The first `limit` bytes of the quickstart's corpus: Python files of this installation."""
+    from research.data import pipeline
+
+    config = PRESETS["quickstart"]()
+    source, = pipeline.make_sources(config.data.sources, "data.sources", config.data.cache_dir)
+    found, size = [], 0
+    for index in range(len(source)):
+        found.append(source[index].text)
+        size += len(found[-1].encode())
+        if size >= limit:
+            return found
+    return found
+
+
+def input_side(rounds: int, megabytes: float = 4.0) -> dict[str, Any]:
+    """Tokenizing and batches a second, ours and Hugging Face's in turns, on the same documents and vocabulary size.
+
+    Tokenizing: documents to ids in a cache on disk. Ours: SentencePiece BPE and the token cache; theirs: a byte-level BPE of
+    `tokenizers` in `datasets.map` (batched, one process a core). Loading: rows of 256 in batches of 8 as numpy arrays.
+    """
+    import datasets
+    import tokenizers
+
+    from research.data.pipeline import prepare
+
+    datasets.disable_progress_bars()
+    documents, config = texts(int(megabytes * 1e6)), PRESETS["text"]()
+    size = sum(len(text.encode()) for text in documents)
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(documents, vocab_size=2048, show_progress=False)
+    figures: dict[str, list[float]] = {"ours_tokenize": [], "theirs_tokenize": [], "ours_load": [], "theirs_load": []}
+    with tempfile.TemporaryDirectory() as directory:
+        for number, text in enumerate(documents):
+            pathlib.Path(directory, f"{number:05d}.txt").write_text(text)
+        config = override(config, {"data.tokenizer": "sentencepiece", "data.cache_dir": f"{directory}/cache",
+                                   "data.holdout": 0.01,
+                                   "data.sources.0.args": {"paths": f"{directory}/*.txt", "split_on": "file"}})
+        prepare(config.data, 2048, 0, quiet=True)  # trains the vocabulary, which is not measured
+        for _ in range(rounds):
+            for path in pathlib.Path(directory, "cache").glob("tokens-*"):
+                shutil.rmtree(path)
+            began = time.perf_counter()
+            data = prepare(config.data, 2048, 0, quiet=True)
+            figures["ours_tokenize"].append(size / (time.perf_counter() - began))
+            began = time.perf_counter()
+            encoded = datasets.Dataset.from_dict({"text": documents}).map(
+                lambda batch: {"ids": [e.ids for e in theirs.encode_batch(batch["text"])]}, batched=True,
+                remove_columns=["text"], num_proc=os.cpu_count(), cache_file_name=None, load_from_cache_file=False)
+            figures["theirs_tokenize"].append(size / (time.perf_counter() - began))
+            figures["ours_load"].append(_rate(_our_batches(data)))
+            figures["theirs_load"].append(_rate(_their_batches(encoded)))
+    median = {name: statistics.median(values) for name, values in figures.items()}
+    return {"bytes": size, "bytes_per_second": {"ours": median["ours_tokenize"], "theirs": median["theirs_tokenize"]},
+            "tokens_per_second": {"ours": median["ours_load"], "theirs": median["theirs_load"]},
+            "tokenize_ratio": _paired(figures, "tokenize"), "load_ratio": _paired(figures, "load"), "rounds": figures}
+
+
+def _paired(figures: dict[str, list[float]], what: str) -> float:
+    return statistics.median(a / b for a, b in zip(figures[f"ours_{what}"], figures[f"theirs_{what}"]))
+
+
+def _rate(batches: Iterator[np.ndarray], seconds: float = 3.0) -> float:
+    """Tokens a second."""
+    next(batches)
+    began, tokens = time.perf_counter(), 0
+    while (passed := time.perf_counter() - began) < seconds:
+        tokens += next(batches).size
+    return tokens / passed
+
+
+def _our_batches(data: Any) -> Iterator[np.ndarray]:
+    from research.data.loader import Loader
+
+    loader = Loader(data.train, data.weights, 0, 8)
+    try:
+        for batch in loader:
+            yield batch["tokens_BxL"]
+    finally:
+        loader.close()
+
+
+def _their_batches(encoded: Any) -> Iterator[np.ndarray]:
+    """As in transformers' run_clm.py: ids joined and cut into rows by `map`, shuffled, in numpy format."""
+    def group(batch: dict[str, list]) -> dict[str, list]:
+        joined = [token for ids in batch["ids"] for token in ids]
+        return {"input_ids": [joined[i:i + 256] for i in range(0, len(joined) - 255, 256)]}
+
+    rows = encoded.map(group, batched=True, remove_columns=["ids"]).with_format("numpy")
+    for epoch in range(1 << 30):
+        shuffled = rows.shuffle(seed=epoch)
+        for batch in shuffled.iter(batch_size=8, drop_last_batch=True):
+            yield np.asarray(batch["input_ids"])
