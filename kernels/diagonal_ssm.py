@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kernels.selective_scan import join, split
 
-CHUNK = 64  # tokens whose (B, C, M, N) states are alive at one time in `chunked`
+CHUNK = 64  # tokens whose (B, C * M, N) states are alive at one time in `chunked`
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -23,26 +23,26 @@ def multiply(x: Pair, y: Pair) -> Pair:
 
 
 def reference(
-    u_BxLxCxM: jax.Array, a_CxN: Pair, c_CxN: Pair, first_BxL: jax.Array, valid_BxL: jax.Array, h_BxCxMxN: Pair
+    u_BxLxC: jax.Array, a_CxN: Pair, c_CxN: Pair, first_BxL: jax.Array, valid_BxL: jax.Array, h_BxCxN: Pair
 ) -> tuple[jax.Array, Pair]:
     """The definition, token after token."""
 
     def step(h, token):
-        u_BxCxM, first_B, valid_B = token
-        decay, u_BxCxMx1 = _terms(u_BxCxM, a_CxN, first_B, valid_B)
+        u_BxC, first_B, valid_B = token
+        decay, u_BxCx1 = _terms(u_BxC, a_CxN, first_B, valid_B)
         real, imaginary = multiply(decay, h)
-        h = real + u_BxCxMx1, imaginary
-        return h, _read("bcmn,cn->bcm", h, c_CxN)
+        h = real + u_BxCx1, imaginary
+        return h, _read("bcn,cn->bc", h, c_CxN)
 
-    h_BxCxMxN, y = jax.lax.scan(step, h_BxCxMxN, tuple(jnp.moveaxis(x, 1, 0) for x in (u_BxLxCxM, first_BxL, valid_BxL)))
-    return jnp.moveaxis(y, 0, 1), h_BxCxMxN
+    h_BxCxN, y = jax.lax.scan(step, h_BxCxN, tuple(jnp.moveaxis(x, 1, 0) for x in (u_BxLxC, first_BxL, valid_BxL)))
+    return jnp.moveaxis(y, 0, 1), h_BxCxN
 
 
 def chunked(
-    u_BxLxCxM: jax.Array, a_CxN: Pair, c_CxN: Pair, first_BxL: jax.Array, valid_BxL: jax.Array, h_BxCxMxN: Pair
+    u_BxLxC: jax.Array, a_CxN: Pair, c_CxN: Pair, first_BxL: jax.Array, valid_BxL: jax.Array, h_BxCxN: Pair
 ) -> tuple[jax.Array, Pair]:
     """`reference` by an associative scan within each chunk; the backward pass keeps the inputs and a state a chunk."""
-    L = u_BxLxCxM.shape[1]
+    L = u_BxLxC.shape[1]
     Q = min(CHUNK, L)
 
     def then(first: tuple[Pair, Pair], second: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
@@ -52,24 +52,24 @@ def chunked(
 
     @jax.checkpoint
     def chunk(h, tokens):
-        u_BxQxCxM, first_BxQ, valid_BxQ = tokens
-        decay, u_BxQxCxMx1 = _terms(u_BxQxCxM, a_CxN, first_BxQ, valid_BxQ)
+        u_BxQxC, first_BxQ, valid_BxQ = tokens
+        decay, u_BxQxCx1 = _terms(u_BxQxC, a_CxN, first_BxQ, valid_BxQ)
         carried = multiply((decay[0][:, 0], decay[1][:, 0]), h)
-        real_BxQxCxMxN = jnp.broadcast_to(u_BxQxCxMx1, (*u_BxQxCxM.shape, a_CxN[0].shape[1]))
-        inputs = real_BxQxCxMxN.at[:, 0].add(carried[0]), jnp.zeros_like(real_BxQxCxMxN).at[:, 0].add(carried[1])
+        real_BxQxCxN = jnp.broadcast_to(u_BxQxCx1, (*u_BxQxC.shape, a_CxN[0].shape[1]))
+        inputs = real_BxQxCxN.at[:, 0].add(carried[0]), jnp.zeros_like(real_BxQxCxN).at[:, 0].add(carried[1])
         _, h = jax.lax.associative_scan(then, (decay, inputs), axis=1)
-        return (h[0][:, -1], h[1][:, -1]), _read("bqcmn,cn->bqcm", h, c_CxN)
+        return (h[0][:, -1], h[1][:, -1]), _read("bqcn,cn->bqc", h, c_CxN)
 
-    tokens = tuple(split(x, Q) for x in (u_BxLxCxM, first_BxL, valid_BxL))
-    h_BxCxMxN, y = jax.lax.scan(chunk, h_BxCxMxN, tokens)
-    return join(y, L), h_BxCxMxN
+    tokens = tuple(split(x, Q) for x in (u_BxLxC, first_BxL, valid_BxL))
+    h_BxCxN, y = jax.lax.scan(chunk, h_BxCxN, tokens)
+    return join(y, L), h_BxCxN
 
 
-def _terms(u_BxxCxM: jax.Array, a_CxN: Pair, first_Bxx: jax.Array, valid_Bxx: jax.Array) -> tuple[Pair, jax.Array]:
-    """(decay (B, ..., C, 1, N), input (B, ..., C, M, 1)): padding keeps the state, a first token drops it."""
-    valid, first = valid_Bxx[..., None, None, None], first_Bxx[..., None, None, None]
-    stay = jnp.where(first, 0.0, a_CxN[0][:, None]), jnp.where(first, 0.0, a_CxN[1][:, None])
-    u = jnp.where(valid, u_BxxCxM.astype(jnp.float32)[..., None], 0.0)
+def _terms(u_BxxC: jax.Array, a_CxN: Pair, first_Bxx: jax.Array, valid_Bxx: jax.Array) -> tuple[Pair, jax.Array]:
+    """(decay (B, ..., C, N), input (B, ..., C, 1)): padding keeps the state, a first token drops it."""
+    valid, first = valid_Bxx[..., None, None], first_Bxx[..., None, None]
+    stay = jnp.where(first, 0.0, a_CxN[0]), jnp.where(first, 0.0, a_CxN[1])
+    u = jnp.where(valid, u_BxxC.astype(jnp.float32)[..., None], 0.0)
     return (jnp.where(valid, stay[0], 1.0), jnp.where(valid, stay[1], 0.0)), u
 
 
@@ -122,8 +122,15 @@ def diagonal_ssm(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"diagonal_ssm: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     valid_BxL = segment_ids_BxL != 0
-    y, state = IMPLEMENTATIONS[implementation](u_BxLxCxM, a_CxN, c_CxN, valid_BxL & (positions_BxL == 0), valid_BxL, state)
-    return y.astype(u_BxLxCxM.dtype), state
+    # Channels and copies are one axis inside: an axis of one copy between C and N once crashed the TPU compiler (H3).
+    a_CxN, c_CxN = ([jnp.repeat(part, M, axis=0) for part in pair] for pair in (a_CxN, c_CxN))
+    h_BxCxN = tuple(part.reshape(B, C * M, N) for part in state)
+    first_BxL = valid_BxL & (positions_BxL == 0)
+    y, h_BxCxN = IMPLEMENTATIONS[implementation](
+        u_BxLxCxM.reshape(B, L, C * M), a_CxN, c_CxN, first_BxL, valid_BxL, h_BxCxN
+    )
+    state = tuple(part.reshape(B, C, M, N) for part in h_BxCxN)
+    return y.reshape(u_BxLxCxM.shape).astype(u_BxLxCxM.dtype), state
 
 
 def impulse_response(a_CxN: Pair, c_CxN: Pair, L: int) -> jax.Array:
