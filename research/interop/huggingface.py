@@ -236,6 +236,9 @@ def _plain(model: ModelConfig) -> ModelConfig:
         for mixer in stage.pattern:
             fields = {field.name: field.default for field in dataclasses.fields(mixer) if field.name in TRAINING_ONLY}
             fields |= {name: None for name, usual in _usual(mixer, model.dim).items() if getattr(mixer, name) == usual}
+            if isinstance(mixer, Attention) and mixer.rope_scaling and mixer.rope_scaling.kind != "linear":
+                scaling = mixer.rope_scaling
+                fields["rope_scaling"] = dataclasses.replace(scaling, high=scaling.turns_kept)
             pattern.append(dataclasses.replace(mixer, **fields))
         stages += pattern * stage.repeats
     return dataclasses.replace(model, stages=(Stage(tuple(stages)),), dropout=0.0, remat="none", param_dtype="float32",

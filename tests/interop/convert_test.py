@@ -70,8 +70,8 @@ def test_the_commands(tmp_path):
     assert len(answer["token_ids"]) == len(answer["logprobs"]) == 8
     done = call(tmp_path, "experiments.train", f"--init_from={run}", f"--workdir={tmp_path / 'on'}", "--set", "train.steps=1",
                 "--set", "optim.warmup_steps=0", "--set", "optim.lr=0", "--set", "data.sources.0.args.packages=false",
-                "--set", "data.sources.0.args.max_bytes=20000", "--set", "model.vocab_size=264", "--set", "data.seq_len=32",
-                f"--set=data.cache_dir={tmp_path}")
+                "--set", "data.sources.0.args.max_bytes=100000", "--set", "data.holdout=0.3",
+                "--set", "model.vocab_size=264", "--set", "data.seq_len=32", f"--set=data.cache_dir={tmp_path}")
     assert done.returncode == 0 and "unembedding/kernel has shape" in done.stderr, done.stderr
     old, new = (load_params(path)[0]["decoder"]["stage_0"]["gated_mlp_1"]["up"] for path in (run, tmp_path / "on"))
     np.testing.assert_array_equal(old, new)
