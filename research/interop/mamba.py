@@ -73,7 +73,7 @@ def _read_mamba2(settings: Settings) -> ModelConfig:
     eps = settings["layer_norm_epsilon"]
     return _model(settings, Mamba2(
         expand=settings["expand"], head_dim=settings["head_dim"], groups=settings["n_groups"], state=settings["state_size"],
-        conv=settings["conv_kernel"], conv_bias=settings["use_conv_bias"], norm_eps=eps))
+        conv=settings["conv_kernel"], conv_bias=settings["use_conv_bias"], chunk=settings["chunk_size"], norm_eps=eps))
 
 
 def _settings(model: ModelConfig, mixer: Mamba | Mamba2) -> Settings:
@@ -102,7 +102,7 @@ MAMBA2 = Family(
     "mamba2", "Mamba2ForCausalLM",
     {name: value for name, value in _KNOWN.items() if name != "time_step_rank"} | {
         "vocab_size": 32768, "hidden_size": 4096, "state_size": 128, "num_hidden_layers": 64, "num_heads": 128, "head_dim": 64,
-        "n_groups": 8, "tie_word_embeddings": False, "time_step_limit": None},
+        "n_groups": 8, "chunk_size": 256, "tie_word_embeddings": False, "time_step_limit": None},
     _FIXED, _read_mamba2, _write_mamba2, (*_AROUND, *_MAMBA2), per_layer=1)
 
 

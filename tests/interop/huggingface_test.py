@@ -65,6 +65,7 @@ def test_the_exported_files_are_theirs(name, converted):
     np.testing.assert_array_equal(their_logits(model.eval(), tokens()), their_logits(make(name), tokens()))
 
 
+@pytest.mark.slow
 @every_model
 def test_greedy_generation_is_theirs(name, converted):
     torch = pytest.importorskip("torch")
