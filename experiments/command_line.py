@@ -17,11 +17,15 @@ OURS = ("kernels", "research", "configs", "experiments", "tools")
 
 
 def define_config_flags(default: str | None = None) -> None:
+    if "config" in flags.FLAGS:  # one command imports another's parts
+        return
     flags.DEFINE_string("config", default, "Name of a preset in configs/.")
     flags.DEFINE_multi_string("set", [], "KEY=VALUE, overrides one field of the preset: --set optim.lr=3e-4. Repeatable.")
 
 
 def define_json_flag() -> None:
+    if "json" in flags.FLAGS:
+        return
     flags.DEFINE_boolean("json", False, "Print one JSON object on standard output, and nothing else there.")
 
 

@@ -22,13 +22,16 @@ def linear(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> jax.Array:
     return _product(*vary_alike(x_BxLxI.astype(dtype), weight_IxO.astype(dtype)))
 
 
-@jax.custom_vjp
-def _product(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> jax.Array:
-    return jnp.matmul(x_BxLxI, weight_IxO)
+def _matmul(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> jax.Array:
+    """A bare dot_general, which a rematerialisation policy can see."""
+    return jax.lax.dot_general(x_BxLxI, weight_IxO, (((x_BxLxI.ndim - 1,), (0,)), ((), ())))
+
+
+_product = jax.custom_vjp(_matmul)
 
 
 def _forward(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x_BxLxI, weight_IxO), (x_BxLxI, weight_IxO)
+    return _matmul(x_BxLxI, weight_IxO), (x_BxLxI, weight_IxO)
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], dy_BxLxO: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -40,7 +43,7 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy_BxLxO: jax.Array) -> tuple[
         dweight_IxO = jax.lax.dot_general(x_BxLxI, dy_BxLxO, over_tokens)
     else:
         dweight_IxO = jax.lax.dot_general(dy_BxLxO, x_BxLxI, over_tokens).T
-    return jnp.matmul(dy_BxLxO, weight_IxO.T), dweight_IxO
+    return _matmul(dy_BxLxO, weight_IxO.T), dweight_IxO
 
 
 _product.defvjp(_forward, _backward)

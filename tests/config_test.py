@@ -314,7 +314,7 @@ BAD_FILES = [
     (edited("model.stages", {}), r"^model\.stages: is not a list; "),
     (
         edited("model.stages.0.pattern.0.type", "Atention"),
-        r"^model\.stages\.0\.pattern\.0\.type: unknown mixer 'Atention'; did you mean Attention\?$",
+        r"^model\.stages\.0\.pattern\.0\.type: unknown mixer 'Atention'; did you mean Attention or LatentAttention\?$",
     ),
     (
         edited("model.stages.0.pattern.0.heads", 3),

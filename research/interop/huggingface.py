@@ -234,7 +234,8 @@ def _plain(model: ModelConfig) -> ModelConfig:
     for stage in model.stages:
         pattern = []
         for mixer in stage.pattern:
-            fields = {field.name: field.default for field in dataclasses.fields(mixer) if field.name in TRAINING_ONLY}
+            fields = {field.name: 1 if field.default is dataclasses.MISSING else field.default
+                      for field in dataclasses.fields(mixer) if field.name in TRAINING_ONLY}
             fields |= {name: None for name, usual in _usual(mixer, model.dim).items() if getattr(mixer, name) == usual}
             if isinstance(mixer, Attention) and mixer.rope_scaling and mixer.rope_scaling.kind != "linear":
                 scaling = mixer.rope_scaling

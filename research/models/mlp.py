@@ -84,7 +84,8 @@ class GatedMlpMixer(_Stateless):
         activate = ACTIVATIONS[cfg.activation]
         down_FxD = self.weight("down", cfg.hidden, x_BxLxD.shape[-1], ("mlp", "embed"))
         # Only gate and up are kept for the backward pass; their product and what the activation keeps are made again.
-        y_BxLxD = jax.checkpoint(lambda gate, up, down: linear(activate(gate) * up, down))(gate_BxLxF, up_BxLxF, down_FxD)
+        mix = jax.checkpoint(lambda gate, up, down: linear(activate(gate) * up, down), prevent_cse=False)
+        y_BxLxD = mix(gate_BxLxF, up_BxLxF, down_FxD)
         return self.with_bias("down", y_BxLxD, "embed", cfg.bias), state, {}
 
     @staticmethod

@@ -25,7 +25,8 @@ class NormLayer(nn.Module):
         gain_D = param(self, "gain", shape, ("embed",), ones, role="vector").astype(jnp.float32)
         if self.config.kind == "rmsnorm":
             # Only x and the gain are kept for the backward pass: the rest is one pass to make again.
-            normalize = jax.checkpoint(lambda x, gain: (rms_normalize(x, self.config.eps) * gain).astype(x.dtype))
+            normalize = jax.checkpoint(lambda x, gain: (rms_normalize(x, self.config.eps) * gain).astype(x.dtype),
+                                       prevent_cse=False)
             return normalize(x_BxLxD, gain_D)
         bias_D = param(self, "bias", shape, ("embed",), zeros, role="vector").astype(jnp.float32)
         centered = x_BxLxD.astype(jnp.float32)

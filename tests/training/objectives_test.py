@@ -54,7 +54,9 @@ def test_accumulation_is_exact_with_uneven_weights(name):
         np.testing.assert_allclose(sum(p[0][1][1][key][1] for p in parts), count, rtol=1e-5, err_msg=key)
     summed = jax.tree.map(lambda *g: sum(g), *[p[1] for p in parts])
     for a, b in zip(jax.tree.leaves(summed), jax.tree.leaves(whole_grad)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1.0, float(jnp.max(jnp.abs(b)))))
+        largest = max(1.0, float(jnp.max(jnp.abs(b))))
+        # Sums over all tokens, taken in another order: float32's rounding of some hundred terms.
+        np.testing.assert_allclose(a, b, rtol=0, atol=16 * np.finfo(np.float32).eps * largest)
 
 
 @pytest.mark.parametrize("name", NAMES)
