@@ -81,15 +81,15 @@ def training_states(config: Config) -> dict[str, float]:
 def activations(config: Config) -> Range:
     """Of a microbatch on all chips together: what the backward pass keeps, traced, so with the config's remat and mixers.
 
-    low: that alone; value: and what one layer keeps while its backward pass runs, which remat has forgotten; high: half as
-    much again (XLA's buffers between operations, and gradients in flight), which is a guess.
+    low: that alone. value: and twice what one layer keeps without remat: what its backward pass reads, and the gradients of
+    that. high: four times. XLA's own count of five small programs on a CPU lay within (docs/planning.md).
     """
     rows = config.train.batch_size // config.train.microbatches
     kept = _kept_bytes_per_row(config)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     layers = sum(stage.repeats for stage in (*config.model.stages, *config.model.encoder_stages))
-    value = rows * (kept + _kept_bytes_per_row(plain) / layers)
-    return Range(value, rows * kept, 1.5 * value)
+    layer = _kept_bytes_per_row(plain) / layers
+    return Range(rows * (kept + 2 * layer), rows * kept, rows * (kept + 4 * layer))
 
 
 def _kept_bytes_per_row(config: Config) -> int:

@@ -257,12 +257,15 @@ def _sources(question: Question) -> dict[str, str]:
     tokens = f"{ratio}" if alone else f"{paid} / flops_per_token"
     spent = {"flops": "given", "money": "--money / price x peak_flops x utilization",
              "chip_days": "--chip_days x peak_flops x utilization"}
-    default = "a default: what well-tuned runs report; --utilization"
+    defaults = {"utilization": (question.utilization, UTILIZATION, "what well-tuned runs report"),
+                "pue": (question.pue, PUE, "a large data centre"),
+                "grid_kg_per_kwh": (question.grid_kg_per_kwh, GRID_KG_PER_KWH, "the mean of the United States")}
     config = model.config if model else None
     return {
         "params": known or size, "tokens": "given" if question.tokens else tokens, "flops_per_token": per_token,
         "flops": spent[budget.kind] if budget else "flops_per_token x tokens",
-        **on.sources, "utilization": default if question.utilization == UTILIZATION else "--utilization",
+        **on.sources, **{name: f"a default, {words}; --{name}" if value == default else f"--{name}"
+                         for name, (value, default, words) in defaults.items()},
         "chip_hours": "flops / (peak_flops x utilization)", "days": "chip_hours / chips / 24", "cost": "chip_hours x price",
         "energy_kwh": "chip_hours x power_watts x pue", "co2_kg": "energy_kwh x grid_kg_per_kwh",
         "memory": "bytes; train: " + (
