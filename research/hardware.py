@@ -26,7 +26,6 @@ from typing import Literal
 import jax
 import numpy as np
 
-from research.config import nearest
 from research.errors import InputError
 
 GIB = 2**30
@@ -137,11 +136,11 @@ class Topology:
 
 
 def chip(name: str, where: str = "chip") -> Chip:
-    """The row of a name or alias, in any case. Raises InputError, naming `where` and the nearest names."""
+    """The row of a name or alias, in any case. Raises InputError, naming `where` and the known names."""
     for row in _ROWS:
         if name.lower() in (row.name, *row.aliases):
             return row
-    raise InputError(where, f"unknown chip {name!r}", nearest(name.lower(), list(CHIPS)))
+    raise InputError(where, f"unknown chip {name!r}", f"one of {', '.join(CHIPS)}")
 
 
 def parse_topology(text: str, where: str = "topology") -> Topology:

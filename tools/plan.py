@@ -1,4 +1,4 @@
-"""What a training run takes, before it is paid for: `python -m tools.plan --params=7e9 --chip=v5p:4x4x4 [--tokens=2e12] [--json]`
+"""What a training run takes, before it is paid for: `python -m tools.plan --params=7e9 --chip=v5p:4x4x4 [--tokens=2e12]`
 
 From any two of budget (--flops, --money or --chip_days), model (--params or --config) and --tokens: the rest; from one, with
 20 tokens a parameter. Time, price, energy and CO2 on named chips, memory to train and to serve, the cost of serving against
@@ -66,7 +66,8 @@ def share(name: str, default: Range) -> Range:
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or not all(0 < number <= 1 for number in numbers) or numbers[0] > numbers[-1]:
-        raise InputError(f"--{name}", f"{text!r} isn't a share of the peak", "give 0.4, or an interval like 0.35,0.5, in (0, 1]")
+        raise InputError(f"--{name}", f"{text!r} isn't a share of the peak",
+                         "give 0.4, or an interval like 0.35,0.5, up to 1")
     return Range(sum(numbers) / len(numbers), numbers[0], numbers[-1])
 
 

@@ -160,11 +160,14 @@ def _points(*ranges: Range | None) -> list[_Point]:
 
 
 def _spread(rows: Sequence[Any]) -> Any:
-    """Nested dicts of the same keys -> one, whose numbers are the first row's, with their extremes where they differ."""
+    """Nested dicts of the same keys -> one, whose numbers are the first row's, with their extremes where they differ;
+    of words all, of a yes here and a no there None."""
     first = rows[0]
     if isinstance(first, dict):
         return {key: _spread([row[key] for row in rows]) for key in first}
-    if isinstance(first, bool) or not isinstance(first, (int, float)):
+    if isinstance(first, str):
+        return " or ".join(sorted(set(rows)))
+    if first is None or isinstance(first, bool):
         return first if all(row == first for row in rows) else None
     low, high = min(rows), max(rows)
     return first if math.isclose(low, high, rel_tol=1e-9) else {"value": first, "low": low, "high": high}

@@ -29,8 +29,8 @@ def test_the_textbook_command():
 
 @pytest.mark.slow
 def test_the_table_of_a_preset_with_an_interval():
-    code, out, err = call("--config=debug", "--set", "train.batch_size=4", "--chip=v5p:2x2x1", "--utilization=0.35,0.5", "--exact",
-                          "--api_price=1")
+    code, out, err = call("--config=debug", "--set", "train.batch_size=4", "--chip=v5p:2x2x1", "--utilization=0.35,0.5",
+                          "--exact", "--api_price=1")
     assert code == 0, err
     cells = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "0.425 (0.35 to 0.5)" in cells["utilization"] and "20 tokens a parameter" in cells["tokens"]
