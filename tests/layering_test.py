@@ -206,7 +206,7 @@ BROKEN_RULES = [
     ("research.data.x", "from research.models import lm", "research.data.x imports research.models.lm"),
     ("research.params", "from research.models import lm", "research.params imports research.models.lm"),
     ("configs.x", "from research.training.loop import run", "configs.x imports research.training.loop"),
-    ("experiments.x", "from tools import plan", "experiments.x imports tools"),
+    ("experiments.x", "from tools import plan", "experiments.x imports tools.plan"),
 ]
 
 
