@@ -1,0 +1,1 @@
+"""From small runs to a large one: laws, their intervals, predictions."""
