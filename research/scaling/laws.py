@@ -37,7 +37,7 @@ class Law:
     """One row of LAWS.
 
     fit: (points, how many resamples, seed) -> Fitted; raises InputError where the runs can't decide the law.
-    log_loss: (parameters, params_P, tokens_P, flops_P) -> log loss (T, P). None of approach 1 and 2 knows the loss off the
+    log_loss: (parameters, params_P, tokens_P, flops_P) -> log loss (T, P). Approaches 1 and 2 don't know the loss off the
       optimum: `optimal_only` laws give that of the optimum at these FLOPs, NaN where too few budgets decided it.
     """
 
@@ -51,9 +51,7 @@ def optimum(law: Law, parameters: Parameters, flops: float) -> Parameters:
     """N_opt, D_opt and the loss there at a budget, each (T,)."""
     params_T = np.exp(np.log(parameters["G"]) + parameters["a_opt"] * math.log(flops))
     tokens_T = np.exp(np.log(parameters["H"]) + parameters["b_opt"] * math.log(flops))
-    log_loss_T = np.array([law.log_loss({name: values[t : t + 1] for name, values in parameters.items()}, n, d,
-                                        np.array([flops]))[0, 0]
-                           for t, (n, d) in enumerate(zip(params_T[:, None], tokens_T[:, None]))])
+    log_loss_T = law.log_loss(parameters, params_T[:, None], tokens_T[:, None], np.array([flops]))[:, 0]
     return {"N_opt": params_T, "D_opt": tokens_T, "loss": np.exp(log_loss_T)}
 
 
