@@ -27,11 +27,10 @@ def huber(residual: jax.Array, delta: float = DELTA) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _minimise(curve: Curve, x_FxP: jax.Array, y_SxP: jax.Array, start_SxK: jax.Array, weight_SxP: jax.Array, steps: int):
-    """(theta_SxK, objective_S)."""
+def _minimise_batch(curve: Curve, x_FxP: jax.Array, y_SxP: jax.Array, start_SxK: jax.Array, weight_SxP: jax.Array, steps: int):
+    """(theta_SxK, objective_S) of one batch."""
 
-    def one(row):
-        start_K, weight_P, y_P = row
+    def one(start_K, weight_P, y_P):
         residual = lambda theta_K: curve(theta_K, x_FxP) - y_P
         objective = lambda r_P: jnp.sum(weight_P * huber(r_P))
 
@@ -58,7 +57,18 @@ def _minimise(curve: Curve, x_FxP: jax.Array, y_SxP: jax.Array, start_SxK: jax.A
         theta_K, _, value, *_ = jax.lax.while_loop(lambda c: (c[4] < 8) & (c[5] < steps) & (c[2] > 1e-28), step, carry)
         return theta_K, jnp.where(jnp.isfinite(value), value, jnp.inf)
 
-    return jax.lax.map(one, (start_SxK, weight_SxP, y_SxP), batch_size=min(_BATCH, start_SxK.shape[0]))
+    return jax.vmap(one)(start_SxK, weight_SxP, y_SxP)
+
+
+def _minimise(curve: Curve, x_FxP: np.ndarray, y_SxP: np.ndarray, start_SxK: np.ndarray, weight_SxP: np.ndarray, steps: int):
+    """The same for any number of rows; whole batches, so that one compiled program serves starts and resamples."""
+    rows = len(start_SxK)
+    found = []
+    for begin in range(0, rows, _BATCH):
+        index = np.minimum(np.arange(begin, begin + _BATCH), rows - 1)
+        found.append(_minimise_batch(curve, x_FxP, y_SxP[index], start_SxK[index], weight_SxP[index], steps))
+    theta_SxK, value_S = (np.concatenate(part)[:rows] for part in zip(*jax.device_get(found)))
+    return theta_SxK, value_S
 
 
 def fit(curve: Curve, x_FxP: np.ndarray, y_TxP: np.ndarray, weight_TxP: np.ndarray, start_SxK: np.ndarray, best: int = 3,
@@ -80,7 +90,7 @@ def fit(curve: Curve, x_FxP: np.ndarray, y_TxP: np.ndarray, weight_TxP: np.ndarr
     starts, (rows, _) = len(start_SxK), y_TxP.shape
     with jax.enable_x64(True):
         full = [np.broadcast_to(a_TxP[0], (starts, a_TxP.shape[1])) for a_TxP in (y_TxP, weight_TxP)]
-        theta_SxK, value_S = map(np.asarray, _minimise(curve, x_FxP, full[0], start_SxK, full[1], steps))
+        theta_SxK, value_S = _minimise(curve, x_FxP, full[0], start_SxK, full[1], steps)
         chosen: list[int] = []
         for s in np.argsort(value_S):
             if len(chosen) < best and all(np.abs(theta_SxK[s] - theta_SxK[c]).max() > 1e-2 for c in chosen):
@@ -90,6 +100,6 @@ def fit(curve: Curve, x_FxP: np.ndarray, y_TxP: np.ndarray, weight_TxP: np.ndarr
         count = len(chosen)
         again = [np.repeat(np.asarray(a_TxP[1:], np.float64), count, axis=0) for a_TxP in (y_TxP, weight_TxP)]
         start = np.tile(theta_SxK[chosen], (rows - 1, 1))
-        theta, value = map(np.asarray, _minimise(curve, x_FxP, again[0], start, again[1], steps))
+        theta, value = _minimise(curve, x_FxP, again[0], start, again[1], steps)
     pick_R = value.reshape(rows - 1, count).argmin(1)
     return np.concatenate([theta_SxK[chosen[:1]], theta.reshape(rows - 1, count, -1)[np.arange(rows - 1), pick_R]])
