@@ -11,7 +11,6 @@ import time
 from absl import flags
 
 from experiments import command_line
-from research.config import nearest
 from research.errors import InputError
 from research.scaling.analysis import analyse
 from research.scaling.points import parse_columns, read_csv

@@ -201,7 +201,7 @@ def fit_isoflop(points: Points, count: int, seed: int) -> Fitted:
     rng, notes, kept = np.random.default_rng(seed), [], []
     groups = budgets(points)
     if len(groups) < 2:
-        raise InputError("points", f"{len(groups)} budget only", "approach 2 needs at least 2 budgets, each with 3 sizes or more")
+        raise InputError("points", f"{len(groups)} budget only", "approach 2 needs at least 2 budgets, each with 3 sizes")
     for index in groups:
         flops, x_P = np.exp(np.log(points.flops_P[index]).mean()), np.log(points.params_P[index])
         place, _ = _vertex(x_P, points.loss_P[None, index]) if len(np.unique(np.round(x_P, 6))) > 2 else (None, None)
@@ -213,7 +213,7 @@ def fit_isoflop(points: Points, count: int, seed: int) -> Fitted:
             kept.append(index)
     runs = sum(map(len, kept))
     if len(kept) < 2 or runs < 3 * len(kept) + 2:
-        raise InputError("points", f"{len(kept)} of {len(groups)} budgets have a minimum among 3 sizes or more, with {runs} runs",
+        raise InputError("points", f"{len(kept)} of {len(groups)} budgets have a minimum among 3 sizes or more ({runs} runs)",
                          "approach 2 needs at least 2 such budgets, and 2 runs more than 3 a budget")
     fitted, relative = [], []
     for index in kept:

@@ -160,8 +160,18 @@ def _met(value: float, op: str, limit: float) -> bool:
     return not math.isnan(value) and bool(_COMPARE[op](value, limit))
 
 
-def budgets(points: Points, gap: float = 0.1) -> list[np.ndarray]:
-    """Indices of the runs of each budget, smallest first: runs sorted by FLOPs, cut where one step is above `gap` (nats)."""
+def budgets(points: Points, gap: float = 0.1, width: float = 0.25) -> list[np.ndarray]:
+    """Indices of the runs of each budget, smallest first.
+
+    Runs sorted by FLOPs are cut where one step is above `gap` (in log FLOPs), and where a budget would be wider than `width`.
+    """
     order_P = np.argsort(points.flops_P, kind="stable")
-    cuts = np.flatnonzero(np.diff(np.log(points.flops_P[order_P])) > gap) + 1
-    return np.split(order_P, cuts)
+    found: list[list[int]] = []
+    first = last = -np.inf
+    for i, log_flops in zip(order_P, np.log(points.flops_P[order_P])):
+        if log_flops - last > gap or log_flops - first > width:
+            found.append([])
+            first = log_flops
+        found[-1].append(i)
+        last = log_flops
+    return [np.array(index) for index in found]

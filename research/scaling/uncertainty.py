@@ -47,7 +47,7 @@ def predictive(log_loss_S: np.ndarray, residual_P: np.ndarray, parameters: int, 
 
 
 def outliers(residual_P: np.ndarray, names: tuple[str, ...], limit: float = 5.0) -> list[dict]:
-    """Runs whose residual is more than `limit` robust standard deviations (1.4826 MAD) from the median. They stay in the fit."""
+    """Runs more than `limit` robust standard deviations (1.4826 MAD) from the median residual. They stay in the fit."""
     centre = np.median(residual_P)
     spread = 1.4826 * np.median(np.abs(residual_P - centre))
     z_P = (residual_P - centre) / max(spread, 1e-9)

@@ -127,7 +127,7 @@ BAD = [
     ("3", lambda: ladder().take(np.arange(0, 80, 12)), "7 runs can't decide 5 parameters; give at least 8"),
     ("kaplan", lambda: ladder().take(np.arange(6)), "6 runs can't decide 4 parameters; give at least 7"),
     ("3", lambda: make([1e6] * 9, np.linspace(4, 3, 9), tokens=np.geomspace(1e7, 1e9, 9)), "fewer than 3 different sizes"),
-    ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=[1e9] * 9), "fewer than 3 different token counts"),
+    ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=[1e9] * 9), "fewer than 3 different token"),
     ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=20 * np.geomspace(1e6, 1e9, 9)),
      "always change together"),
     ("2", lambda: parabolas().take(np.arange(7)), "1 budget only; approach 2 needs at least 2 budgets"),

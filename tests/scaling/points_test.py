@@ -80,7 +80,8 @@ def test_a_file_that_is_not_there():
 
 
 def test_columns_are_parsed():
-    assert parse_columns("params=Model Size, flops=C=6ND, a,loss=L") == {"params": "Model Size", "flops": "C=6ND, a", "loss": "L"}
+    columns = {"params": "Model Size", "flops": "C=6ND, a", "loss": "L"}
+    assert parse_columns("params=Model Size, flops=C=6ND, a,loss=L") == columns
     for text, message in (("param=N", "is not FIELD=NAME"), ("params=", "is not FIELD=NAME"), ("loss=a,loss=b", "named twice")):
         with pytest.raises(InputError, match=message):
             parse_columns(text)
@@ -89,3 +90,8 @@ def test_columns_are_parsed():
 def test_budgets_are_cut_at_gaps():
     points = make(np.ones(5), np.ones(5), flops=[1e18, 1e20, 1.05e18, 1e19, 0.96e20])
     assert [sorted(index) for index in budgets(points)] == [[0, 2], [3], [1, 4]]
+
+
+def test_runs_at_any_compute_make_no_wide_budget():
+    found = budgets(make(np.ones(100), np.ones(100), flops=np.geomspace(1e18, 1e19, 100)))
+    assert len(found) == 10 and np.concatenate(found).tolist() == list(range(100))
