@@ -176,11 +176,11 @@ def _power_law(log_flops_B: np.ndarray, log_value_TxB: np.ndarray) -> tuple[np.n
     weight_TxB = np.isfinite(log_value_TxB).astype(np.float64)
     y_TxB = np.where(weight_TxB > 0, log_value_TxB, 0.0)
     count_T = weight_TxB.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # a resample may have no optimum, or an absurd one
         middle_T, mean_T = weight_TxB @ log_flops_B / count_T, (weight_TxB * y_TxB).sum(1) / count_T
         x_TxB = weight_TxB * (log_flops_B - middle_T[:, None])
         slope_T = np.where(count_T > 1, (x_TxB * y_TxB).sum(1) / (x_TxB**2).sum(1), np.nan)
-    return np.exp(mean_T - slope_T * middle_T), slope_T
+        return np.exp(mean_T - slope_T * middle_T), slope_T
 
 
 def _vertex(x_P: np.ndarray, y_TxP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
