@@ -1,0 +1,177 @@
+"""What a law is fitted to: finished runs as (parameters, tokens, FLOPs, loss), read from any CSV."""
+
+import csv
+import dataclasses
+import math
+import operator
+import re
+from typing import Mapping, Sequence
+
+import numpy as np
+
+from research.errors import InputError
+
+FIELDS = ("params", "tokens", "flops", "loss")
+FLOPS_PER_WEIGHT_TOKEN = 6.0  # C = 6ND: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1)
+_COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """P runs, float64: parameters, training tokens, training FLOPs, final loss (any unit; positive)."""
+
+    params_P: np.ndarray
+    tokens_P: np.ndarray
+    flops_P: np.ndarray
+    loss_P: np.ndarray
+    names: tuple[str, ...]  # what a report calls each run, e.g. "line 17"
+
+    def __len__(self) -> int:
+        return len(self.loss_P)
+
+    def take(self, index: np.ndarray) -> "Points":
+        """The runs at these indices, or where a mask is true."""
+        index = np.arange(len(self))[index]
+        return Points(self.params_P[index], self.tokens_P[index], self.flops_P[index], self.loss_P[index],
+                      tuple(self.names[i] for i in index))
+
+    @property
+    def flops_per_weight_token(self) -> float:
+        """k of C = kND; 6 unless the runs have tokens and FLOPs of their own."""
+        return float(np.median(self.flops_P / (self.params_P * self.tokens_P)))
+
+
+def make(params: Sequence[float], loss: Sequence[float], tokens: Sequence[float] | None = None,
+         flops: Sequence[float] | None = None, names: Sequence[str] | None = None) -> Points:
+    """Points from numbers; of tokens and FLOPs, the missing one follows from C = 6ND.
+
+    Raises:
+      InputError: neither tokens nor FLOPs, or a value that isn't positive and finite (names the first few).
+    """
+    columns = {"params": params, "loss": loss}
+    columns |= {name: values for name, values in (("tokens", tokens), ("flops", flops)) if values is not None}
+    if len(columns) == 2:
+        raise InputError("points", "neither tokens nor FLOPs", "give one of the two")
+    arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
+    names = tuple(names) if names is not None else tuple(f"run {i}" for i in range(len(arrays["loss"])))
+    for field, values_P in arrays.items():
+        bad = np.flatnonzero(~(np.isfinite(values_P) & (values_P > 0)))
+        if len(bad):
+            shown = ", ".join(f"{names[i]} has {values_P[i]:g}" for i in bad[:3])
+            raise InputError(field, f"{len(bad)} of {len(values_P)} runs aren't positive and finite: {shown}",
+                             f"correct them, or leave them out: --exclude='{field}==nan' or --exclude='{field}<=0'")
+    if flops is None:
+        arrays["flops"] = FLOPS_PER_WEIGHT_TOKEN * arrays["params"] * arrays["tokens"]
+    if tokens is None:
+        arrays["tokens"] = arrays["flops"] / (FLOPS_PER_WEIGHT_TOKEN * arrays["params"])
+    return Points(arrays["params"], arrays["tokens"], arrays["flops"], arrays["loss"], names)
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """`params=Model Size,flops=C,loss=L` -> {"params": "Model Size", ...}; a column's name may hold commas and `=`."""
+    fields = "|".join(FIELDS)
+    named = {}
+    for part in re.split(rf",\s*(?=(?:{fields})\s*=)", text) if text else []:
+        field, equals, column = (piece.strip() for piece in part.partition("="))
+        if field not in FIELDS or not column:
+            raise InputError("--columns", f"{part!r} is not FIELD=NAME", f"fields are {', '.join(FIELDS)}")
+        if field in named:
+            raise InputError("--columns", f"{field} is named twice", "name each field once")
+        named[field] = column
+    return named
+
+
+def read_csv(path: str, columns: Mapping[str, str], exclude: Sequence[str] = ()) -> tuple[Points, dict[str, int]]:
+    """Points of a CSV with a head line, and how many rows each condition of `exclude` left out.
+
+    Args:
+      columns: field (params, tokens, flops, loss) -> the column's name; an empty one takes columns named like the fields.
+      exclude: `COLUMN OP NUMBER`, a field or a column's own name, < <= > >= == !=; `==nan` is a value that isn't finite or is
+        no number. A row counts for the first condition that it meets.
+
+    Raises:
+      InputError: a file that can't be read, a column that isn't there (lists those that are), a malformed condition, or a
+        value that isn't positive and finite in a row that is kept.
+    """
+    head, lines = _read(path)
+    columns = dict(columns) or {field: field for field in FIELDS if field in head}
+    for field, column in columns.items():
+        if column not in head:
+            raise InputError("--columns", f"{field}: {path} has no column {column!r}", f"it has {', '.join(head)}")
+    for field in ("params", "loss"):
+        if field not in columns:
+            raise InputError("--columns", f"no column for {field}", f"name one: {field}=NAME; {path} has {', '.join(head)}")
+    if not {"tokens", "flops"} & set(columns):
+        raise InputError("--columns", "neither tokens nor flops has a column",
+                         f"name one: tokens=NAME or flops=NAME; {path} has {', '.join(head)}")
+    conditions = {text: _condition(text, columns, head) for text in exclude}
+    excluded, kept = dict.fromkeys(conditions, 0), []
+    for number, row in lines:
+        reason = next((text for text, (column, op, limit) in conditions.items()
+                       if _met(_number(row[head.index(column)]), op, limit)), None)
+        if reason is None:
+            kept.append((number, row))
+        else:
+            excluded[reason] += 1
+    if not kept:
+        raise InputError("--csv", f"{path} leaves no rows to fit ({sum(excluded.values())} excluded)", "give one row a run")
+    values = {field: [_number(row[head.index(column)]) for _, row in kept] for field, column in columns.items()}
+    found = make(values["params"], values["loss"], values["tokens"] if "tokens" in values else None,
+                 values["flops"] if "flops" in values else None, [f"line {number}" for number, _ in kept])
+    return found, excluded
+
+
+def _read(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The head's names and (line number, cells) of every row that isn't blank."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            head = [name.strip() for name in next(reader, [])]
+            lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError("--csv", f"{path} can't be read ({error})", "give a CSV file with a head line") from None
+    for number, row in lines:
+        if len(row) != len(head):
+            raise InputError("--csv", f"line {number} of {path} has {len(row)} cells, the head {len(head)}", "correct it")
+    return head, lines
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def _condition(text: str, columns: Mapping[str, str], head: Sequence[str]) -> tuple[str, str, float]:
+    match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*", text)
+    limit = _number(match[3]) if match else math.nan
+    if not match or (math.isnan(limit) and (match[3].lower() != "nan" or match[2] not in ("==", "!="))):
+        raise InputError("--exclude", f"{text!r} is not COLUMN OP NUMBER", "e.g. --exclude='loss>4.5'; < <= > >= == !=")
+    column = columns[match[1]] if match[1] in columns else match[1]
+    if column not in head:
+        raise InputError("--exclude", f"no column {match[1]!r}", f"the file has {', '.join(head)}")
+    return column, match[2], limit
+
+
+def _met(value: float, op: str, limit: float) -> bool:
+    if math.isnan(limit):
+        return math.isfinite(value) == (op == "!=")
+    return not math.isnan(value) and bool(_COMPARE[op](value, limit))
+
+
+def budgets(points: Points, gap: float = 0.1, width: float = 0.25) -> list[np.ndarray]:
+    """Indices of the runs of each budget, smallest first.
+
+    Runs sorted by FLOPs are cut where one step is above `gap` (in log FLOPs), and where a budget would be wider than `width`.
+    """
+    order_P = np.argsort(points.flops_P, kind="stable")
+    found: list[list[int]] = []
+    first = last = -np.inf
+    for i, log_flops in zip(order_P, np.log(points.flops_P[order_P])):
+        if log_flops - last > gap or log_flops - first > width:
+            found.append([])
+            first = log_flops
+        found[-1].append(i)
+        last = log_flops
+    return [np.array(index) for index in found]
