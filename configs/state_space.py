@@ -5,6 +5,7 @@ from research.models.h3 import H3
 from research.models.mamba import Mamba
 from research.models.mamba2 import Mamba2
 from research.models.mlp import GatedMlp, Mlp
+from research.models.s4 import S4
 from research.models.s4d import S4d
 from research.schema import Config, ModelConfig, Norm, Stage
 
@@ -71,6 +72,14 @@ def s4d_tiny() -> Config:
 
 def s4d_small() -> Config:
     return small("s4d_small", Stage((S4d(), GatedMlp(hidden=704)), 13))
+
+
+def s4_tiny() -> Config:
+    return tiny("s4_tiny", Stage((S4(state=16), GatedMlp(hidden=88)), 2))
+
+
+def s4_small() -> Config:
+    return small("s4_small", Stage((S4(), GatedMlp(hidden=704)), 13))
 
 
 def h3_tiny() -> Config:

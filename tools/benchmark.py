@@ -1,10 +1,10 @@
-"""Measures what docs/performance.md quotes: `python -m tools.benchmark train|data|start|memory|checkpoint [--json]`
+"""Measures what docs/performance.md quotes: `python -m tools.benchmark train|mixers|data|start|memory|checkpoint [--json]`
 
 Our training step and torch + transformers' Llama of the same shapes (extra `hf`, and torch) take turns, each in a process
 of its own, so that a slow moment of a shared machine hits both; the ratio is the median over rounds. Ceiling: this machine's
-best float32 matrix product, measured between the turns. `data` compares tokenizing and loading with Hugging Face's, `start`
-times a launch to its first step, `memory` counts the loss's temporaries, `checkpoint` what saving costs the loop. Nothing here
-is a test: of seconds, only the paired ratios mean anything.
+best float32 matrix product, measured between the turns. `mixers`: recurrent ones against attention, by length. `data` compares
+tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts the loss's temporaries,
+`checkpoint` what saving costs the loop. Nothing here is a test: of seconds, only the paired ratios mean anything.
 """
 
 import multiprocessing
@@ -19,11 +19,16 @@ from absl import flags, logging
 
 from configs import PRESETS
 from experiments import command_line
-from research.config import nearest
+from research.config import MixerConfig, nearest
 from research.environment import keep_freed_memory
 from research.errors import InputError
 from research.models.attention import Attention
+from research.models.gated_delta import GatedDelta
+from research.models.mamba import Mamba
+from research.models.mamba2 import Mamba2
 from research.models.mlp import GatedMlp
+from research.models.rglru import RgLru
+from research.models.s4d import S4d
 from research.schema import Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig
 from tools.benchmark_running import checkpoints, input_side, loss_memory, running, start
 
@@ -46,6 +51,27 @@ def case(dim: int, layers: int, heads: int, hidden: int, batch: int) -> Config:
         optim=OptimConfig(lr=3e-4, weight_decay=0.1, schedule="constant"),
         train=TrainConfig(steps=1000, batch_size=batch))
 
+
+def row(name: str, pattern: tuple[MixerConfig, ...], repeats: int, length: int, batch: int) -> Config:
+    """A model of width 256 and about 3.2 million weights in its layers; rows of one document each."""
+    return Config(
+        name=name,
+        model=ModelConfig(vocab_size=1024, dim=256, max_len=length, stages=(Stage(pattern, repeats),)),
+        data=DataConfig(sources=(Source("synthetic"),), seq_len=length),
+        optim=OptimConfig(lr=3e-4, weight_decay=0.1, schedule="constant"),
+        train=TrainConfig(steps=1000, batch_size=batch))
+
+
+ATTENTION = (Attention(heads=4), GatedMlp(hidden=704))
+RECURRENT: dict[str, tuple[tuple[MixerConfig, ...], int]] = {
+    "mamba2": ((Mamba2(head_dim=32, state=64),), 8),
+    "linear_attention": ((GatedDelta(heads=4, key_dim=64, delta=False), GatedMlp(hidden=704)), 4),
+    "gated_delta": ((GatedDelta(heads=4, key_dim=64), GatedMlp(hidden=704)), 4),
+    "mamba": ((Mamba(),), 8),
+    "s4d": ((S4d(), GatedMlp(hidden=704)), 4),
+    "rglru": ((RgLru(heads=4), GatedMlp(hidden=704)), 4),
+}
+LENGTHS = (1024, 4096, 16384)
 
 CASES = {"d256": case(256, 6, 4, 704, 8), "d512": case(512, 8, 8, 1408, 4)}
 
@@ -218,8 +244,32 @@ def train() -> dict[str, Any]:
             "allocator": "glibc trim_threshold=2^31-1 mmap_max=0 arena_max=1, both sides"}
 
 
-VERBS = {"train": train, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds), "memory": loss_memory,
-         "checkpoint": checkpoints}
+def mixers() -> dict[str, Any]:
+    """Recurrent mixers at L 4096 over attention at L 1024, in turns; and how their whole cost grows with L.
+
+    `ratio`: tokens a second over attention's, the median of paired rounds; `exponent`: of the seconds of one row against L.
+    """
+    base, found = Worker(ours, row("attention", ATTENTION, 4, 1024, 4)), []
+    for name, (pattern, repeats) in RECURRENT.items():
+        workers = {length: Worker(ours, row(name, pattern, repeats, length, 1)) for length in LENGTHS}
+        rates: dict[int, list[float]] = {length: [] for length in (0, *LENGTHS)}
+        for _ in range(FLAGS.rounds):
+            rates[0].append(4096 * base.rate(FLAGS.seconds))
+            for length, worker in workers.items():
+                rates[length].append(length * worker.rate(FLAGS.seconds))
+        for worker in workers.values():
+            worker.close()
+        seconds = [length / statistics.median(rates[length]) for length in LENGTHS]
+        found.append({"name": name, "ratio": statistics.median(a / b for a, b in zip(rates[4096], rates[0])),
+                      "exponent": float(np.polyfit(np.log(LENGTHS), np.log(seconds), 1)[0]),
+                      "tokens_per_second": {str(length): statistics.median(rates[length]) for length in LENGTHS}})
+        logging.info("%s", found[-1])
+    base.close()
+    return {"mixers": found, "attention_length": 1024, "rounds": FLAGS.rounds}
+
+
+VERBS = {"train": train, "mixers": mixers, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds),
+         "memory": loss_memory, "checkpoint": checkpoints}
 
 
 def main(argv: list[str]) -> int:

@@ -81,7 +81,8 @@ def start(rounds: int) -> dict[str, Any]:
         for number in range(rounds + 1):  # the first fills the caches
             began = time.time()
             subprocess.run([sys.executable, "-m", "experiments.train", "--config=debug", f"--workdir={directory}/{number}",
-                            "--set=train.steps=1", "--set=train.log_every=1"], check=True, capture_output=True)
+                            "--set=train.steps=1", "--set=optim.warmup_steps=0"], check=True, capture_output=True,
+                           env=os.environ | {"RUNG_CACHE": f"{directory}/compiled"})
             rows = _rows(pathlib.Path(directory, str(number)), LEDGER_PREFIX)
             seconds.append(next(row["time"] for row in rows if row["event"] in ("saved", "finished")) - began)
     return {"cold": seconds[0], "seconds": statistics.median(seconds[1:]), "all": seconds[1:]}
@@ -111,7 +112,7 @@ def texts(limit: int) -> list[str]:
     source, = pipeline.make_sources(config.data.sources, "data.sources", config.data.cache_dir)
     found, size = [], 0
     for index in range(len(source)):
-        found.append(source[index].text)
+        found.append(source.document(index).text)
         size += len(found[-1].encode())
         if size >= limit:
             return found
