@@ -42,12 +42,13 @@ from tools.trials import FAULTS, Job, Missed, cache_of
 
 command_line.define_config_flags()
 command_line.define_json_flag()
-flags.DEFINE_string("workdir", "runs/chaos", "Directory of the undisturbed runs and of the trials.")
+# allow_override: tests import this command beside others that have flags of the same names.
+flags.DEFINE_string("workdir", "runs/chaos", "Directory of the undisturbed runs and of the trials.", allow_override=True)
 flags.DEFINE_list("faults", None, "Which faults; default: all.")
 flags.DEFINE_integer("trials", 2, "Trials of each fault, with those that are there already.", lower_bound=1)
 flags.DEFINE_float("minutes", None, "Begin no further trial after so long (exit code 75); the next call goes on.",
-                   lower_bound=0.0)
-flags.DEFINE_integer("seed", 0, "Of the moments and places of the faults.")
+                   lower_bound=0.0, allow_override=True)
+flags.DEFINE_integer("seed", 0, "Of the moments and places of the faults.", allow_override=True)
 flags.DEFINE_float("heartbeat", HEARTBEAT, "Of the jobs of two processes.", lower_bound=0.5)
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS

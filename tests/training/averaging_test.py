@@ -97,7 +97,7 @@ def test_weights_moved_by_statistics_are_averaged_where_they_are():
         state, _ = compiled(state, None, jax.device_put(random_batch(program.config, number), program.layout.batch()))
     evaluated = flatten(evaluation_params(program.config, program.layout.shardings.params)(state))
     bias = flatten(state.params)[path]
-    assert np.abs(bias).min() > 0
+    assert np.count_nonzero(bias) > bias.size / 2  # an expert may have just its share
     np.testing.assert_allclose(evaluated[path], bias, atol=1e-7)
 
 

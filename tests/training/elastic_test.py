@@ -36,7 +36,7 @@ class Recorded:
         self._patch, self._config, self.workdir, self.tokens = patch, config, workdir, []
 
     def launch(self, devices: int, rules: str, until: int = 0) -> None:
-        put, self_ = loop.put_batch, self
+        put = loop.put_batch
 
         def recording(batch, sharding):
             self.tokens.append(np.array(batch["tokens_BxL"]))
@@ -46,7 +46,7 @@ class Recorded:
         with self._patch.context() as patch:
             patch.setattr(loop, "put_batch", recording)
             patch.setattr(loop, "make_program", lambda config: make_program(config, jax.devices()[:devices]))
-            patch.setattr(StopRequests, "asked", lambda self, _: "the test" if len(self_.tokens) == until else None)
+            patch.setattr(StopRequests, "asked", lambda _self, _: "the test" if len(self.tokens) == until else None)
             config = override(self._config, {"mesh.rules": rules})
             launch = Launch(str(self.workdir), preset("debug"), quiet=True)
             if until:
@@ -79,14 +79,14 @@ import json, os, runpy, sys, zlib
 import research.environment
 research.environment.prepare()
 from research.training import loop, preemption
-until, place, put = int(sys.argv[1]), sys.argv[2], loop.put_batch
+steps, place, put = int(sys.argv[1]), sys.argv[2], loop.put_batch
 def recording(batch, sharding):
     rows = batch["tokens_BxL"].reshape(-1, batch["tokens_BxL"].shape[-1])
     with open(place, "a") as file:
         file.write(json.dumps([zlib.crc32(row.tobytes()) for row in rows]) + "\\n")
     return put(batch, sharding)
 loop.put_batch = recording
-preemption.StopRequests.asked = lambda self, _: "the test" if len(self_.tokens) == until else None
+preemption.StopRequests.asked = lambda self, dispatched: "the test" if dispatched == steps else None
 sys.argv = ["experiments.train", *sys.argv[3:]]
 runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
 """.replace("\\n", "\\n")
@@ -97,9 +97,9 @@ def test_processes_come_and_go(tmp_path):
     """2 -> 1 -> 2 processes (gloo) in one run, beside a run of one process."""
     settings = ("train.steps=12", "train.log_every=1", "train.batch_size=8", "checkpoint.every_steps=5")
 
-    def launch(job: Job, name: str, processes: int, until: int) -> None:
+    def launch(job: Job, name: str, processes: int, until: int, steps: int) -> None:
         start = job.start(processes=processes, command=lambda index: [
-            "-c", RECORDING, str(until), str(tmp_path / f"{name}-{until or 99}-{index}")])
+            "-c", RECORDING, str(steps), str(tmp_path / f"{name}-{until or 99}-{index}")])
         for process in start:
             _, errors = process.communicate(timeout=200)
             assert process.returncode == (EXIT_INTERRUPTED if until else 0), errors[-3000:]
@@ -113,8 +113,8 @@ def test_processes_come_and_go(tmp_path):
         return steps
 
     whole, moving = Job(tmp_path, *settings, name="whole"), Job(tmp_path, *settings, name="moving")
-    launch(whole, "whole", 1, 0)
-    for processes, until in ((2, 4), (1, 8), (2, 0)):
-        launch(moving, "moving", processes, until)
+    launch(whole, "whole", 1, 0, 0)
+    for processes, until, steps in ((2, 4, 4), (1, 8, 4), (2, 0, 0)):
+        launch(moving, "moving", processes, until, steps)
     assert len(rows_by_step("whole")) == 12 and rows_by_step("moving") == rows_by_step("whole")
     close(losses(moving.workdir), losses(whole.workdir))
