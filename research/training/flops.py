@@ -17,7 +17,7 @@ PallasFlops = Mapping[str, float | Callable[..., float]]
 # Primitives that run the one jaxpr they hold once, as it stands. The names differ between JAX versions.
 CALLS = frozenset(
     "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr custom_lin named_call".split()
+    "custom_vjp_call_jaxpr custom_lin named_call eval_jaxpr".split()
 )
 
 
