@@ -78,7 +78,8 @@ class S4Mixer(nn.Module):
         def vector(name: str, init: Initializer | np.ndarray, shape: tuple = shape, axes: tuple = axes) -> jax.Array:
             if isinstance(init, np.ndarray):
                 values = jnp.asarray(init, jnp.float32)
-                init = lambda key, shape, fan: jnp.broadcast_to(values, shape)  # noqa: E731
+                return param(self, name, shape, axes, lambda key, shape, fan: jnp.broadcast_to(values, shape),
+                             role="vector").astype(jnp.float32)
             return param(self, name, shape, axes, init, role="vector").astype(jnp.float32)
 
         rate = -jnp.exp(vector("a_log", np.log(-rate_N.real))), vector("a_imaginary", rate_N.imag)
