@@ -1,10 +1,11 @@
-"""Measures what docs/performance.md quotes: `python -m tools.benchmark train|mixers|data|start|memory|checkpoint [--json]`
+"""Measures what docs/performance.md quotes: `python -m tools.benchmark VERB [--json]`
 
-Our training step and torch + transformers' Llama of the same shapes (extra `hf`, and torch) take turns, each in a process
+`train`: our step and torch + transformers' Llama of the same shapes (extra `hf`, and torch) take turns, each in a process
 of its own, so that a slow moment of a shared machine hits both; the ratio is the median over rounds. Ceiling: this machine's
 best float32 matrix product, measured between the turns. `mixers`: recurrent ones against attention, by length. `data` compares
 tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts the loss's temporaries,
-`checkpoint` what saving costs the loop. Nothing here is a test: of seconds, only the paired ratios mean anything.
+`checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults. Nothing here is a test:
+of seconds, only the paired ratios mean anything.
 """
 
 import multiprocessing
@@ -30,7 +31,7 @@ from research.models.mlp import GatedMlp
 from research.models.rglru import RgLru
 from research.models.s4d import S4d
 from research.schema import Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig
-from tools.benchmark_running import checkpoints, input_side, loss_memory, running, start
+from tools.benchmark_running import checkpoints, input_side, loss_memory, running, start, watched
 
 command_line.define_json_flag()
 flags.DEFINE_list("cases", ["d256", "d512"], "Which cases to measure.")
@@ -269,7 +270,7 @@ def mixers() -> dict[str, Any]:
 
 
 VERBS = {"train": train, "mixers": mixers, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds),
-         "memory": loss_memory, "checkpoint": checkpoints}
+         "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(FLAGS.rounds)}
 
 
 def main(argv: list[str]) -> int:

@@ -1,5 +1,6 @@
 """What `tools.benchmark` measures besides the step: data, start-up, checkpoints, and the loss's memory."""
 
+import functools
 import json
 import os
 import pathlib
@@ -14,10 +15,11 @@ from typing import Any, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from configs import PRESETS
 from research.config import override
-from research.schema import LEDGER_PREFIX, Config
+from research.schema import GOODPUT_FILE, LEDGER_PREFIX, Config
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring for each program that XLA compiles
 
@@ -34,27 +36,56 @@ def running(config: Config, steps: int = 40) -> dict[str, float]:
     program = make_program(config)
     compiled = program.compile()
     state = init_state(program.model.init, program.optimizer, program.layout, config.seed)
-    loader = Loader(data.train, data.weights, config.seed, config.train.batch_size, config.train.microbatches)
+    loader = Loader(data.train, data.weights, config.seed, config.train.batch_size, config.train.microbatches,
+                    place=functools.partial(put_batch, sharding=program.layout.batch()))
     programs: list[float] = []
 
     def note(event: str, duration: float, **_: Any) -> None:
         if event == COMPILED:
             programs.append(duration)
 
-    waited, began = 0.0, time.perf_counter()
+    waited, began, pending = 0.0, time.perf_counter(), {}
     for number in range(steps + 1):
         if number == 1:  # the first step also compiles what puts its batch in place
             jax.monitoring.register_event_duration_secs_listener(note)
             waited, began = 0.0, time.perf_counter()
         asked = time.perf_counter()
-        batch = put_batch(next(loader), program.layout.batch())
+        batch = next(loader)
         waited += time.perf_counter() - asked
         state, metrics = compiled(state, None, batch)
-        jax.block_until_ready(metrics)
-    share = waited / (time.perf_counter() - began)
+        jax.device_get(pending)  # of the step before, as the loop does
+        pending = metrics
+    jax.block_until_ready(state)
+    took = time.perf_counter() - began
     jax.monitoring.clear_event_listeners()
     loader.close()
-    return {"data_wait_share": share, "recompilations": len(programs), "steps": steps}
+    return {"data_wait_share": waited / took, "recompilations": len(programs), "steps": steps, "step_seconds": took / steps}
+
+
+def watched(rounds: int, steps: int = 200) -> dict[str, Any]:
+    """What guard, logs, TensorBoard, goodput and a save each 100 steps cost a run of the quickstart that no fault happens to.
+
+    In turns: `steps` steps of experiments.train, by its goodput (training, waiting for data, kept by saves), and the bare loop
+    of `running` (loader, compiled step, the loss read a step late). `slowdown`: median over rounds of the paired ratio, less one.
+    """
+    found: dict[str, list[float]] = {"bare": [], "run": []}
+    config = override(PRESETS["quickstart"](), {
+        "train.steps": str(steps), "optim.warmup_steps": "5", "train.eval_every": "0", "train.sample_every": "0",
+        "checkpoint.every_steps": str(steps // 2)})
+    command = [sys.executable, "-m", "experiments.train", "--config=quickstart", f"--set=train.steps={steps}",
+               "--set=optim.warmup_steps=5", "--set=train.eval_every=0", "--set=train.sample_every=0",
+               f"--set=checkpoint.every_steps={steps // 2}"]
+    for number in range(rounds):
+        found["bare"].append(running(config, steps)["step_seconds"])
+        with tempfile.TemporaryDirectory() as directory:
+            subprocess.run([*command, f"--workdir={directory}/run"], check=True, capture_output=True)
+            seconds = json.loads(pathlib.Path(directory, "run", GOODPUT_FILE).read_text())["seconds"]
+            blocked = sum(row["blocked_seconds"] for row in _rows(pathlib.Path(directory, "run"), LEDGER_PREFIX)
+                          if row["event"] == "saved")
+            found["run"].append((seconds["training"] + seconds["data_wait"] + blocked) / steps)
+        logging.info("round %d/%d: bare %.1f ms a step, run %.1f ms", number + 1, rounds, 1e3 * found["bare"][-1],
+                     1e3 * found["run"][-1])
+    return {"slowdown": statistics.median(b / a for a, b in zip(found["bare"], found["run"])) - 1, "rounds": found}
 
 
 def loss_memory(tokens: int = 4096, dim: int = 256) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
+from research.errors import is_full
 from research.schema import CHECKPOINTS, LEDGER_PREFIX, METRICS_PREFIX, RESULT_FILE
 from research.training.workdir import read_rows
 
@@ -258,7 +259,11 @@ class Disk:
             ballast = self._place / "ballast"
             size = ballast.stat().st_size if ballast.exists() else 0
             with open(ballast, "ab") as file:
-                os.posix_fallocate(file.fileno(), size, free - self._save_bytes // 2)
+                try:
+                    os.posix_fallocate(file.fileno(), size, free - self._save_bytes // 2)
+                except OSError as error:  # a save took that room between the two calls: then it's full already
+                    if not is_full(error):
+                        raise
 
     def free(self) -> None:
         if self.kind == "limit":

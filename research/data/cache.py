@@ -192,6 +192,6 @@ def _valid(path: pathlib.Path) -> bool:
 def _open(path: pathlib.Path, dtype: np.dtype) -> TokenCache:
     offsets_D1 = np.fromfile(path / "offsets.bin", "<i8")
     # An empty file can't be mapped.
-    tokens_T = np.memmap(path / "tokens.bin", dtype, mode="r") if offsets_D1[-1] else np.zeros(0, dtype)
+    tokens_T = np.memmap(path / "tokens.bin", dtype, mode="r").view(np.ndarray) if offsets_D1[-1] else np.zeros(0, dtype)
     text_bytes = json.loads((path / "text_bytes.json").read_text(encoding="utf-8"))
     return TokenCache(tokens_T, offsets_D1, text_bytes, path)

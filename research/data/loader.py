@@ -1,15 +1,14 @@
 """Batches for the loop, read ahead on threads (Grain) while the devices work. Its state: a sample number."""
 
-from typing import Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from research.data.mixture import Mixture, Skips, Weight, sample_at
-from research.data.packing import Row, Rows, padding_row
+from research.data.packing import Rows, assemble
 from research.errors import InputError
 
-TRAINING_FIELDS = ("tokens", "targets", "weights", "positions", "segment_ids")
 _ENDLESS = 1 << 40  # steps
 
 
@@ -31,6 +30,7 @@ class Loader:
       start_sample: how many samples were read before; what `next_sample` was, to resume.
       skips: samples to leave out; those that come instead count on without a gap.
       threads, prefetch: how many threads read ahead, and how many batches.
+      place: what becomes of a batch, on those threads: the loop has them put on the devices.
 
     Raises:
       InputError: B can't be divided so, a source has no rows.
@@ -40,6 +40,7 @@ class Loader:
         self, rows: Sequence[Rows], weights: Sequence[Weight], seed: int, batch_size: int,
         microbatches: int = 1, process_index: int = 0, process_count: int = 1, start_sample: int = 0,
         threads: int = 2, prefetch: int = 8, skips: Skips = (),
+        place: Callable[[Mapping[str, np.ndarray]], Any] | None = None,
     ):
         if batch_size < 1 or batch_size % (microbatches * process_count):
             raise InputError(
@@ -55,12 +56,13 @@ class Loader:
         self.next_sample = start_sample
         steps = grain.MapDataset.range(_ENDLESS).map(self._batch)
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        steps = steps.map(place) if place else steps
         self._batches = iter(steps.to_iter_dataset(ahead))
 
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Any:
         batch = next(self._batches)
         self.next_sample += self._batch_size
         return batch
@@ -72,14 +74,14 @@ class Loader:
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         first = self._start + step * self._batch_size + self._offset
         per_microbatch = self._batch_size // self._microbatches
-        rows = []
+        picks = []
         for microbatch in range(self._microbatches):
             for i in range(self._local):
                 source, row = self._mixture.sample(sample_at(first + microbatch * per_microbatch + i, self._skips))
-                rows.append(self._rows[source][row])
+                picks.append(self._rows[source].pick(row))
         shape = (self._microbatches, self._local, -1)
-        stacked = _stack(rows, TRAINING_FIELDS)
-        return {f"{name}_BxL": value.reshape(shape) for name, value in stacked.items()}
+        fields = assemble(picks, self._rows[0].seq_len, documents=False)
+        return {name.replace("_RxL", "_BxL"): value.reshape(shape) for name, value in fields.items()}
 
 
 def documents_between(rows: Sequence[Rows], weights: Sequence[Weight], seed: int, begin: int, end: int) -> list[str]:
@@ -101,11 +103,6 @@ def evaluation_batches(
     """
     count = len(rows) if limit is None else min(limit, len(rows))
     for begin in range(0, count, batch_size):
-        taken = [rows[i] for i in range(begin, min(begin + batch_size, count))]
-        taken += [padding_row(rows.seq_len)] * (batch_size - len(taken))
-        stacked = _stack(taken, (*TRAINING_FIELDS, "document_index"))
-        yield {f"{name}_BxL": value for name, value in stacked.items()}
-
-
-def _stack(rows: Sequence[Row], names: Sequence[str]) -> dict[str, np.ndarray]:
-    return {name: np.stack([row[f"{name}_L"] for row in rows]) for name in names}
+        picks = [rows.pick(i) for i in range(begin, min(begin + batch_size, count))]
+        picks += [(None, (), 0)] * (batch_size - len(picks))
+        yield {name.replace("_RxL", "_BxL"): value for name, value in assemble(picks, rows.seq_len).items()}

@@ -6,7 +6,7 @@ in the same document. segment_ids count from 1 in each row, 0 is padding. positi
 document and each row. document_index is the document's number in the cache, -1 for padding.
 """
 
-from typing import Protocol, Sequence
+from typing import Callable, Protocol, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from research.data.cache import TokenCache
 from research.data.vocabulary import PAD
 
 Row = dict[str, np.ndarray]
+Span = tuple[int, int, int]  # document, and from where to where in the cache's tokens
+Pick = tuple[TokenCache, Sequence[Span], int]  # a row: its cache, its spans in turn, the number of the cache's first document
 
 
 class Rows(Protocol):
@@ -23,6 +25,9 @@ class Rows(Protocol):
     seq_len: int
 
     def __len__(self) -> int: ...
+
+    def pick(self, index: int) -> Pick:
+        """What row `index` is made of, for `assemble`."""
 
     def __getitem__(self, index: int) -> Row: ...
 
@@ -40,7 +45,23 @@ def make_rows(cache: TokenCache, seq_len: int, packed: bool, seed: int) -> Rows:
     return (PackedRows if packed else SeparateRows)(cache, seq_len, seed)
 
 
-class PackedRows:
+class _Picked:
+    """Rows and names, for those who say what a row is made of."""
+
+    seq_len: int
+
+    pick: Callable[[int], Pick]
+
+    def __getitem__(self, index: int) -> Row:
+        return {name.replace("_RxL", "_L"): value[0] for name, value in assemble([self.pick(index)], self.seq_len).items()}
+
+    def documents(self, index: int) -> list[str]:
+        cache, spans, _ = self.pick(index)
+        document_index_L = assemble([(cache, spans, 0)], self.seq_len)["document_index_RxL"][0]
+        return [cache.document_ids[document] for document in dict.fromkeys(document_index_L.tolist()) if document >= 0]
+
+
+class PackedRows(_Picked):
     """Rows over one stream of documents; only the last row is padded."""
 
     def __init__(self, cache: TokenCache, seq_len: int, seed: int):
@@ -49,18 +70,16 @@ class PackedRows:
         lengths_D = np.diff(cache.offsets_D1)
         self._order_D = order.permutation(len(lengths_D), "documents", seed)
         self._starts_D1 = np.concatenate(([0], np.cumsum(lengths_D[self._order_D], dtype=np.int64)))
+        self._total = int(self._starts_D1[-1])
+        self._rows = range(-(-max(self._total - 1, 0) // seq_len))
 
     def __len__(self) -> int:
-        return -(-max(int(self._starts_D1[-1]) - 1, 0) // self.seq_len)
+        return len(self._rows)
 
-    def documents(self, index: int) -> list[str]:
-        return _names(self._cache, self[index])
-
-    def __getitem__(self, index: int) -> Row:
-        index = range(len(self))[index]
-        begin = index * self.seq_len
-        end = min(begin + self.seq_len + 1, int(self._starts_D1[-1]))
-        first = int(np.searchsorted(self._starts_D1, begin, side="right")) - 1
+    def pick(self, index: int) -> Pick:
+        begin = self._rows[index] * self.seq_len
+        end = min(begin + self.seq_len + 1, self._total)
+        first = int(self._starts_D1.searchsorted(begin, side="right")) - 1
         spans = []
         while begin < end:
             start, stop = int(self._starts_D1[first]), min(int(self._starts_D1[first + 1]), end)
@@ -68,10 +87,10 @@ class PackedRows:
             offset = int(self._cache.offsets_D1[document]) + begin - start
             spans.append((document, offset, offset + stop - begin))
             begin, first = stop, first + 1
-        return _row(self._cache, spans, self.seq_len)
+        return self._cache, spans, 0
 
 
-class SeparateRows:
+class SeparateRows(_Picked):
     """Rows of one document each, in segment 1."""
 
     def __init__(self, cache: TokenCache, seq_len: int, seed: int):
@@ -85,19 +104,16 @@ class SeparateRows:
     def __len__(self) -> int:
         return int(self._starts_D1[-1])
 
-    def documents(self, index: int) -> list[str]:
-        return _names(self._cache, self[index])
-
-    def __getitem__(self, index: int) -> Row:
+    def pick(self, index: int) -> Pick:
         index = range(len(self))[index]
-        place = int(np.searchsorted(self._starts_D1, index, side="right")) - 1
+        place = int(self._starts_D1.searchsorted(index, side="right")) - 1
         document = int(self._order_D[place])
         begin = int(self._cache.offsets_D1[document]) + (index - int(self._starts_D1[place])) * self.seq_len
         end = min(begin + self.seq_len + 1, int(self._cache.offsets_D1[document + 1]))
-        return _row(self._cache, [(document, begin, end)], self.seq_len)
+        return self._cache, [(document, begin, end)], 0
 
 
-class SpreadRows:
+class SpreadRows(_Picked):
     """At most `limit` rows, evenly spread over `parts`; document numbers count on from part to part."""
 
     def __init__(self, parts: Sequence[Rows], documents: Sequence[int], limit: int):
@@ -111,16 +127,10 @@ class SpreadRows:
     def __len__(self) -> int:
         return len(self._chosen_R)
 
-    def __getitem__(self, index: int) -> Row:
+    def pick(self, index: int) -> Pick:
         part, place = self._find(index)
-        row = self._parts[part][place]
-        document_L = row["document_index_L"]
-        return {**row, "document_index_L": np.where(
-            document_L < 0, -1, document_L + self._first_document_P[part]).astype(np.int32)}
-
-    def documents(self, index: int) -> list[str]:
-        part, place = self._find(index)
-        return self._parts[part].documents(place)
+        cache, spans, _ = self._parts[part].pick(place)
+        return cache, spans, int(self._first_document_P[part])
 
     def _find(self, index: int) -> tuple[int, int]:
         """(part, row in it)"""
@@ -138,28 +148,35 @@ def padding_row(seq_len: int) -> Row:
     }
 
 
-def _names(cache: TokenCache, row: Row) -> list[str]:
-    return [cache.document_ids[document] for document in dict.fromkeys(row["document_index_L"].tolist()) if document >= 0]
+def assemble(picks: Sequence[Pick], seq_len: int, documents: bool = True) -> dict[str, np.ndarray]:
+    """The rows of `picks`, each of at most seq_len + 1 tokens, as arrays of (rows, L): the fields of a row, named *_RxL.
 
-
-def _row(cache: TokenCache, spans: Sequence[tuple[int, int, int]], seq_len: int) -> Row:
-    """The row of (document, begin, end) token ranges in turn, at most seq_len + 1 tokens in all."""
-    row = padding_row(seq_len)
-    place = 0
-    for segment, (document, begin, end) in enumerate(spans, start=1):
-        tokens_S = cache.tokens_T[begin:end]
-        here = slice(place, min(place + len(tokens_S), seq_len))
-        size = here.stop - here.start
-        row["tokens_L"][here] = tokens_S[:size]
-        row["positions_L"][here] = np.arange(size)
-        row["segment_ids_L"][here] = segment
-        row["document_index_L"][here] = document
-        # Each token but the span's first is the target of the place before it. A span starts a document or a
-        # row: its first token is a document's <s>, no target, or was the last target of the row before.
-        targets = slice(place, place + len(tokens_S) - 1)
-        row["targets_L"][targets] = tokens_S[1:]
-        row["weights_L"][targets] = 1.0
-        if place:
-            row["targets_L"][place - 1] = tokens_S[0]
-        place += len(tokens_S)
-    return row
+    Whole arrays are made for rows of one document, and mended from each further one on: most rows have one or two.
+    documents: whether document_index_RxL is wanted.
+    """
+    shape = (len(picks), seq_len)
+    stream_RxL1 = np.full((len(picks), seq_len + 1), PAD, np.int32)
+    weights_RxL, segment_ids_RxL = np.ones(shape, np.float32), np.ones(shape, np.int32)
+    positions_RxL = np.empty(shape, np.int32)
+    positions_RxL[:] = count_L = np.arange(seq_len, dtype=np.int32)
+    document_index_RxL = np.full(shape, -1, np.int32) if documents else None
+    for r, (cache, spans, first_document) in enumerate(picks):
+        place = 0
+        for segment, (document, begin, end) in enumerate(spans, start=1):
+            stop = place + end - begin
+            stream_RxL1[r, place:stop] = cache.tokens_T[begin:end]
+            if place:
+                # Each token but the span's first is the target of the place before it. A span starts a document or a
+                # row: its first token is a document's <s>, no target, or was the last target of the row before.
+                weights_RxL[r, place - 1] = 0
+                positions_RxL[r, place:] = count_L[:seq_len - place]
+                segment_ids_RxL[r, place:] = segment
+            if documents:
+                document_index_RxL[r, place:stop] = first_document + document
+            place = stop
+        if place <= seq_len:  # the last token has no target
+            weights_RxL[r, max(place - 1, 0):] = 0
+            positions_RxL[r, place:] = segment_ids_RxL[r, place:] = 0
+    fields = {"tokens_RxL": stream_RxL1[:, :-1].copy(), "targets_RxL": stream_RxL1[:, 1:].copy(), "weights_RxL": weights_RxL,
+              "positions_RxL": positions_RxL, "segment_ids_RxL": segment_ids_RxL}
+    return fields | {"document_index_RxL": document_index_RxL} if documents else fields

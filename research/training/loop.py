@@ -5,6 +5,7 @@ puts the run back to where a checkpoint was made, and the compiled step goes on 
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -152,9 +153,10 @@ def _train(session: Session, running: Running) -> None:
 def _steps(session: Session, running: Running, compiled: Any, stop: Callable[[int], str | None]) -> Alarm | None:
     """Steps until the run ends, or until something is wrong with one."""
     config, clock, goodput, fault = session.program.config, session.clock, session.goodput, session.launch.fault
-    train, sharding, speed = config.train, session.program.layout.batch(), Speed()
+    train, place, speed = config.train, functools.partial(put_batch, sharding=session.program.layout.batch()), Speed()
     loader = Loader(session.data.train, session.data.weights, config.seed, train.batch_size, train.microbatches,
-                    jax.process_index(), jax.process_count(), running.number * train.batch_size, skips=running.skips)
+                    jax.process_index(), jax.process_count(), running.number * train.batch_size, skips=running.skips,
+                    place=None if fault else place)
     with contextlib.closing(loader):
         batches = iter(loader)
         for number in range(running.number + 1, train.steps + 1):
@@ -164,8 +166,7 @@ def _steps(session: Session, running: Running, compiled: Any, stop: Callable[[in
                 with clock.measure("data_wait"):
                     batch = next(batches)
                     if fault:
-                        batch = fault(number, sample_at((number - 1) * train.batch_size, running.skips), batch)
-                    batch = put_batch(batch, sharding)
+                        batch = place(fault(number, sample_at((number - 1) * train.batch_size, running.skips), batch))
                 wait = time.monotonic() - began
                 with _profile(session, running.dispatched + 1), jax.transfer_guard("disallow"), session.gang.blocked():
                     running.state, metrics = compiled(running.state, None, batch)
@@ -227,6 +228,8 @@ def _between_steps(session: Session, running: Running, speed: Speed, stop: str |
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
     """This process's rows -> global arrays of the fields that the step reads."""
+    if jax.process_count() == 1:  # one call for all of them
+        return jax.device_put({name: batch[name] for name in BATCH_FIELDS}, sharding)
     return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in BATCH_FIELDS}
 
 

@@ -121,7 +121,7 @@ def test_close_twice_and_an_error_in_a_row_arrives(rows):
         def __len__(self):
             return 3
 
-        def __getitem__(self, index):
+        def pick(self, index):
             raise OSError("the disk is gone")
 
     with contextlib.closing(Loader([Broken()], [1.0], 0, 2)) as broken:
