@@ -108,7 +108,7 @@ def trial(job: Job, fault: str, number: int, seed: int) -> dict[str, Any]:
             outcome = FAULTS[fault](job, workdir, fault, random.Random(f"{seed}/{fault}/{number}/{attempt}"))
             break
         except Missed:
-            logging.info("%s %d: the run was over before the moment came; another moment", fault, number)
+            logging.info("%s %d: the run was over before the fault hit; another moment", fault, number)
     else:
         raise InputError("train.steps", f"{job.config.train.steps} are over before a fault can come", "set more steps")
     if outcome.survived and (outcome.bitwise_equal or not outcome.bitwise_expected):
