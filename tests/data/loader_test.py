@@ -1,6 +1,7 @@
 """Batches don't depend on how many processes share them, on reading ahead, or on where a run was resumed."""
 
 import contextlib
+import threading
 import itertools
 
 import numpy as np
@@ -151,3 +152,16 @@ def test_evaluation_is_every_row_once_then_padding(rows, limit):
             assert not joined[count:].any()
         if key == "document_index_BxL":
             assert (joined[count:] == -1).all()
+
+
+def test_batches_are_placed_by_the_reading_threads(rows):
+    def place(batch):
+        return threading.current_thread(), batch
+
+    with contextlib.closing(Loader(rows, WEIGHTS, SEED, 8)) as plain, \
+            contextlib.closing(Loader(rows, WEIGHTS, SEED, 8, place=place)) as placed:
+        for _ in range(3):
+            batch, (thread, same) = next(plain), next(placed)
+            assert thread is not threading.main_thread()
+            assert batch.keys() == same.keys() and all((batch[name] == same[name]).all() for name in batch)
+        assert plain.next_sample == placed.next_sample == 24
