@@ -66,7 +66,7 @@ def watched(rounds: int, steps: int = 200) -> dict[str, Any]:
     """What guard, logs, TensorBoard, goodput and a save each 100 steps cost a run of the quickstart that no fault happens to.
 
     In turns: `steps` steps of experiments.train, by its goodput (training, waiting for data, kept by saves), and the bare loop
-    of `running` (loader, compiled step, the loss read a step late). `slowdown`: median over rounds of the paired ratio, less one.
+    of `running` (loader, compiled step, the loss read a step late). `slowdown`: median of the paired ratios, less one.
     """
     found: dict[str, list[float]] = {"bare": [], "run": []}
     config = override(PRESETS["quickstart"](), {

@@ -1,8 +1,8 @@
 """Batches don't depend on how many processes share them, on reading ahead, or on where a run was resumed."""
 
 import contextlib
-import threading
 import itertools
+import threading
 
 import numpy as np
 import pytest
