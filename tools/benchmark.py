@@ -4,8 +4,8 @@
 of its own, so that a slow moment of a shared machine hits both; the ratio is the median over rounds. Ceiling: this machine's
 best float32 matrix product, measured between the turns. `mixers`: recurrent ones against attention, by length. `data` compares
 tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts the loss's temporaries,
-`checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults. Nothing here is a test:
-of seconds, only the paired ratios mean anything.
+`checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults; `kernels`:
+implementations in turns. Nothing here is a test: of seconds, only the paired ratios mean anything.
 """
 
 import multiprocessing
@@ -31,6 +31,7 @@ from research.models.mlp import GatedMlp
 from research.models.rglru import RgLru
 from research.models.s4d import S4d
 from research.schema import Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig
+from tools.benchmark_kernels import kernels
 from tools.benchmark_running import checkpoints, input_side, loss_memory, running, start, watched
 
 command_line.define_json_flag()
@@ -270,7 +271,8 @@ def mixers() -> dict[str, Any]:
 
 
 VERBS = {"train": train, "mixers": mixers, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds),
-         "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(FLAGS.rounds)}
+         "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(FLAGS.rounds),
+         "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4)}
 
 
 def main(argv: list[str]) -> int:
