@@ -196,8 +196,8 @@ class Gang:
     def failures(self) -> contextlib.ExitStack:
         """Goes around the run, inside of all that waits for other processes when it is closed.
 
-        A collective fails where another process did: waits for the verdict on that one. Where there is none the fault is this
-        process's, which then leaves without waiting for anybody.
+        A collective fails where another process did: waits for the verdict on that one, or for its silence. Where there is
+        neither the fault is this process's, which then leaves without waiting for anybody.
         """
         stack = contextlib.ExitStack()
         stack.push(self._failing)
@@ -210,6 +210,7 @@ class Gang:
         logging.error("%s; is another process lost?", str(error).strip().splitlines()[0] if str(error) else repr(error))
         if self._ending.wait(self._heartbeat + 3 * self._every):
             threading.Event().wait()  # the judge ends this process
+        self._end_if_silent()  # where the judge must be patient: it was lost right after it had compiled
         traceback.print_exception(error)
         self._leave(1, str(error))
         self._exit(1)
@@ -309,10 +310,13 @@ class Gang:
         """On SIGABRT, in the thread that aborts: leaves with 75 if another process is lost; else returns, and it aborts."""
         if self._left is not None:
             self._exit(self._left or EXIT_INTERRUPTED)
-        host = self._heard[0][0].host if 0 in self._heard else distributed.global_state.coordinator_address
-        gone = list(self._word["silent"]) or ([] if _answers(distributed.global_state.coordinator_address)
-                                              else [f"process 0 ({host})"])
-        if gone:
+        self._end_if_silent()
+
+    def _end_if_silent(self) -> None:
+        """In a process whose collective has failed: names those that give no sign of life, whatever they were doing."""
+        address = distributed.global_state.coordinator_address
+        host = self._heard[0][0].host if 0 in self._heard else address
+        if gone := list(self._word["silent"]) or ([] if _answers(address) else [f"process 0 ({host})"]):
             verdict = Verdict(f"{', '.join(gone)} is lost")
             self._witness(verdict)
             self._end(verdict)

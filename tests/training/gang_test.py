@@ -165,6 +165,28 @@ def test_an_abort_is_75_only_where_a_process_is_lost(tmp_path, monkeypatch):
         member._aborting(signal.SIGABRT)
 
 
+def test_a_failed_collective_names_who_was_lost_in_a_phase_that_is_given_more_time(tmp_path, monkeypatch):
+    """Its last sign of life may be from compiling, where the judge waits longer: seen where it was killed in its first steps."""
+    monkeypatch.setattr(Gang, "_exit", lambda self, code: sys.exit(code))
+    monkeypatch.setattr(gang.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(gang.distributed.global_state, "client", Store())
+    member = Gang(Clock(), epath.Path(tmp_path), 0.01)
+    member._several, member._process, member._prefix, member.ledger = True, 0, "gang", Ledger(epath.Path(tmp_path))
+    member._heard = {0: (Beat(9, "a", "training", 6), 0.0), 1: (Beat(4, "b", "compiling", 0), 0.0)}
+    member._word = {"silent": ["process 1 (b)"], "notices": {}}
+    with pytest.raises(SystemExit, match="75"):
+        member._failing(None, RuntimeError("Gloo AllGather failed"), None)
+    assert [row["reason"] for row in read_rows(tmp_path, "ledger-")] == ["process 1 (b) is lost"]
+    with socket.socket() as coordinator:
+        coordinator.bind(("localhost", 0))
+        coordinator.listen()
+        monkeypatch.setattr(gang.distributed.global_state, "coordinator_address", f"localhost:{coordinator.getsockname()[1]}")
+        member = Gang(Clock(), epath.Path(tmp_path), 0.01)
+        member._several, member._word = True, {"silent": [], "notices": {}}
+        with pytest.raises(SystemExit, match="1"):  # nobody is lost: the fault is its own
+            member._failing(None, RuntimeError("out of memory"), None)
+
+
 def test_exit_codes_are_those_of_the_errors():
     assert (InputError.exit_code, Diverged.exit_code, EXIT_INTERRUPTED) == (2, 3, 75)
 
