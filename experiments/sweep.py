@@ -26,8 +26,8 @@ from tqdm import tqdm
 from experiments import command_line
 from research.config import nearest, override, parse_assignments
 from research.errors import InputError, Interrupted
-from research.schema import COMPILED, CONFIG_FILE, EXIT_INTERRUPTED, RESULT_FILE, Config
 from research.scaling.planner import total_costs
+from research.schema import COMPILED, CONFIG_FILE, EXIT_INTERRUPTED, RESULT_FILE, Config
 from research.training.program import make_program
 from research.training.workdir import read_config
 
@@ -241,7 +241,8 @@ def costs(rows: Sequence[dict[str, Any]]) -> str:
     words = [f"{total['runs']} finished cells: {total['chip_seconds'] / 3600:.3g} chip-hours"]
     for name, unit in (("cost", "USD"), ("energy_kwh", "kWh")):
         figure = total[name]
-        words.append(f"{figure['value']:.3g} {unit} ({figure['low']:.3g} to {figure['high']:.3g})" if figure else f"{unit} unknown")
+        known = figure and f"{figure['value']:.3g} {unit} ({figure['low']:.3g} to {figure['high']:.3g})"
+        words.append(known or f"{unit} unknown")
     return ", ".join(words)
 
 

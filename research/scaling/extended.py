@@ -107,7 +107,8 @@ def _check(form: _Form, points: Points) -> None:
     ratio_P = values_P / points.params_P if form.regressor == "total_params" else values_P
     if form.regressor == "total_params" and (ratio_P < 0.999).any():
         i = int(ratio_P.argmin())
-        raise InputError("total_params", f"{points.names[i]} has {values_P[i]:.4g}, and more active ones", "params is the active count")
+        raise InputError("total_params", f"{points.names[i]} has {values_P[i]:.4g}, and more active ones",
+                         "params is the active count")
     need = 2 if len(form.more) < 2 else 3
     if len(np.unique(np.round(np.log(ratio_P), 3))) < need:
         what = "ratios of total to active parameters" if form.regressor == "total_params" else f"values of {form.regressor}"
@@ -138,7 +139,8 @@ def _fit(form: _Form, points: Points, count: int, seed: int) -> Parameters:
 
 
 def _log_loss(form: _Form) -> Callable[..., np.ndarray]:
-    def log_loss(p: Parameters, params_P: np.ndarray, tokens_P: np.ndarray, flops_P: np.ndarray, extra_P: np.ndarray) -> np.ndarray:
+    def log_loss(p: Parameters, params_P: np.ndarray, tokens_P: np.ndarray, flops_P: np.ndarray,
+                 extra_P: np.ndarray) -> np.ndarray:
         del flops_P
         p = {"R_N": np.full_like(p["E"], math.exp(ENDLESS))} | p
         theta_TxK = np.stack([np.log(p[name]) for name in ("E", "A", "B", "alpha", "beta")]
@@ -172,7 +174,8 @@ EXTENDED = {
                ("total_params",)),
     "precision": Law("L = E + A/(N (1 - exp(-bits/P)))^alpha + B/D^beta", _fit_law("precision"),
                      _log_loss(FORMS["precision"]), False, ("bits",)),
-    "state": Law("L = E + A/N^alpha + B/D^beta + C/state^kappa", _fit_law("state"), _log_loss(FORMS["state"]), False, ("state",)),
+    "state": Law("L = E + A/N^alpha + B/D^beta + C/state^kappa", _fit_law("state"), _log_loss(FORMS["state"]), False,
+                 ("state",)),
 }
 
 
@@ -211,4 +214,5 @@ def inference_optimum(parameters: Parameters, loss_T: np.ndarray, served_tokens:
     flops_TxP = k * n_TxP * (d_TxP + served_tokens / 3)
     best_T = np.where(np.isnan(flops_TxP[:, 0]), 0, np.nan_to_num(flops_TxP, nan=np.inf).argmin(1))
     pick = lambda a_TxP: a_TxP[np.arange(len(a_TxP)), best_T]
-    return {"N_opt": pick(n_TxP), "D_opt": pick(d_TxP), "flops": pick(flops_TxP), "saved": 1 - pick(flops_TxP) / flops_TxP[:, 0]}
+    least_T = pick(flops_TxP)
+    return {"N_opt": pick(n_TxP), "D_opt": pick(d_TxP), "flops": least_T, "saved": 1 - least_T / flops_TxP[:, 0]}

@@ -51,7 +51,8 @@ class Law:
 
 def log_loss(law: Law, parameters: Parameters, points: Points) -> np.ndarray:
     """The law's log loss at the runs, (T, P), with whatever regressors it has."""
-    return law.log_loss(parameters, points.params_P, points.tokens_P, points.flops_P, *[points.extra[name] for name in law.extra])
+    extra = [points.extra[name] for name in law.extra]
+    return law.log_loss(parameters, points.params_P, points.tokens_P, points.flops_P, *extra)
 
 
 def optimum(law: Law, parameters: Parameters, flops: float) -> Parameters:
@@ -71,9 +72,10 @@ def optimal_log_loss(law: Law, parameters: Parameters, flops_C: np.ndarray) -> n
 
 def require_enough(points: Points, estimated: int) -> None:
     """Raises InputError where `points` can't decide so many parameters of a law in N and D."""
-    need = estimated + 3
-    if len(points) < need:
-        raise InputError("points", f"{len(points)} runs can't decide {estimated} parameters", f"give at least {need}")
+    need, found = estimated + 3, len(np.unique(rungs(points)))
+    if found < need:
+        runs = f"{len(points)} runs" if found == len(points) else f"{found} rungs ({len(points)} runs; seeds don't count)"
+        raise InputError("points", f"{runs} can't decide {estimated} parameters", f"give at least {need}")
     n_P, d_P = np.log(points.params_P), np.log(points.tokens_P)
     for values_P, what in ((n_P, "sizes"), (d_P, "token counts")):
         if len(np.unique(np.round(values_P, 6))) < 3:

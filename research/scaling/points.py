@@ -17,6 +17,7 @@ from research.errors import InputError
 EXTRA = ("unique_tokens", "total_params", "bits", "state")  # what further laws regress on (research/scaling/extended.py)
 FIELDS = ("params", "tokens", "flops", "loss", *EXTRA)
 FLOPS_PER_WEIGHT_TOKEN = 6.0  # C = 6ND: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1)
+MOST_RUNS = 20_000
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
 
 
@@ -134,6 +135,8 @@ def read_csv(path: str, columns: Mapping[str, str], exclude: Sequence[str] = ())
     for field, column in columns.items():
         if column not in head:
             raise InputError("--columns", f"{field}: {path} has no column {column!r}", f"it has {', '.join(head)}")
+        if head.count(column) > 1:
+            raise InputError("--columns", f"{field}: {path} has {head.count(column)} columns {column!r}", "rename one")
     for field in ("params", "loss"):
         if field not in columns:
             raise InputError("--columns", f"no column for {field}", f"name one: {field}=NAME; {path} has {', '.join(head)}")
@@ -149,6 +152,8 @@ def read_csv(path: str, columns: Mapping[str, str], exclude: Sequence[str] = ())
             kept.append((number, row))
         else:
             excluded[reason] += 1
+    if len(kept) > MOST_RUNS:
+        raise InputError("--csv", f"{path} has {len(kept)} rows", f"give one row a run, not every step; at most {MOST_RUNS}")
     if not kept:
         raise InputError("--csv", f"{path} leaves no rows to fit ({sum(excluded.values())} excluded)", "give one row a run")
     good, left_out = _readable(path, {field: head.index(column) for field, column in columns.items()}, head, kept)
@@ -167,7 +172,8 @@ def _readable(path: str, places: Mapping[str, int], head: Sequence[str], lines: 
         bad = [(number, row[place]) for number, row in lines if not 0 < _number(row[place]) < math.inf]
         if 2 * len(bad) > len(lines):
             raise InputError("--columns", f"{field}: {len(bad)} of {len(lines)} rows of {path} have no positive number in "
-                             f"{head[place]!r}, e.g. {bad[0][1]!r} in line {bad[0][0]}", "name another column, or write plain numbers")
+                             f"{head[place]!r}, e.g. {bad[0][1]!r} in line {bad[0][0]}",
+                             f"name another column, write plain numbers, or leave them out: --exclude='{field}==nan'")
     for number, row in lines:
         wrong = [f"{field} is {repr(row[place]) if row[place].strip() else 'empty'}" for field, place in places.items()
                  if not 0 < _number(row[place]) < math.inf]

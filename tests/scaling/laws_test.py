@@ -135,6 +135,7 @@ def test_intervals_cover_95_percent(approach):
 
 BAD = [
     ("3", lambda: ladder().take(np.arange(0, 80, 12)), "7 runs can't decide 5 parameters; give at least 8"),
+    ("3", lambda: ladder().take(np.repeat(np.arange(0, 80, 12), 3)), "7 rungs .21 runs; seeds don't count. can't decide 5"),
     ("kaplan", lambda: ladder().take(np.arange(6)), "6 runs can't decide 4 parameters; give at least 7"),
     ("3", lambda: make([1e6] * 9, np.linspace(4, 3, 9), tokens=np.geomspace(1e7, 1e9, 9)), "fewer than 3 different sizes"),
     ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=[1e9] * 9), "fewer than 3 different token"),

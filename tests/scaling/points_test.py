@@ -5,7 +5,7 @@ import pytest
 
 from research.errors import InputError
 from research.scaling.points import budgets, make, parse_columns, read_csv, rungs, without_diverged
-from tests.scaling.laws_test import chinchilla, ladder
+from tests.scaling.laws_test import ladder
 
 HEAD = "Model Size,Training FLOP,loss,kind\n"
 ROWS = "1e6,1.2e14,4.0,a\n2e6,4.8e14,3.5,b\n\n4e6,1.92e15,5.0,c\n"
@@ -49,7 +49,8 @@ def test_rows_without_positive_numbers_are_left_out_by_name(tmp_path):
     path = written(tmp_path, HEAD + ROWS + "8e6,1e16,nan,d\n8e6,,3,e\n-1,1e16,inf,f\n")
     points, excluded = read_csv(path, COLUMNS)
     assert len(points) == 3 and excluded == {}
-    assert points.left_out == (("line 6", "loss is 'nan'"), ("line 7", "flops is empty"), ("line 8", "params is '-1', loss is 'inf'"))
+    assert points.left_out == (("line 6", "loss is 'nan'"), ("line 7", "flops is empty"),
+                               ("line 8", "params is '-1', loss is 'inf'"))
     assert read_csv(path, COLUMNS, ["loss==nan"])[0].left_out == (("line 7", "flops is empty"),)
     assert points.take(np.array([0])).left_out == points.left_out
 
@@ -104,8 +105,10 @@ def test_seeds_are_one_rung():
     (HEAD + ROWS, COLUMNS, ["__import__('os').system('true')>1"], "--exclude: no column"),
     (HEAD + ROWS, COLUMNS, ["lss>4"], "--exclude: no column 'lss'; the file has Model Size"),
     (HEAD + "1e6,-1,4,a\n", COLUMNS, [], "flops: 1 of 1 rows of .* no positive number in 'Training FLOP', e.g. '-1' in line 2"),
-    (HEAD + ROWS.replace("1e6", "1M").replace("2e6", "2M"), COLUMNS, [], "params: 2 of 3 rows .* e.g. '1M' in line 2; name another"),
+    (HEAD + ROWS.replace("1e6", "1M").replace("2e6", "2M"), COLUMNS, [], "params: 2 of 3 rows .* '1M' in line 2; name another"),
     (HEAD + "1e6,4\n", COLUMNS, [], "line 2 of .* has 2 cells, the head 4"),
+    (HEAD.replace("kind", "loss") + ROWS, COLUMNS, [], "loss: .* has 2 columns 'loss'; rename one"),
+    (HEAD + "1e6,1.2e14,4.0,a\n" * 20_001, COLUMNS, [], "has 20001 rows; give one row a run"),
     (HEAD, COLUMNS, [], "leaves no rows to fit"),
     ("", COLUMNS, [], "has no column 'Model Size'"),
 ])
