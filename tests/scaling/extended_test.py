@@ -109,7 +109,7 @@ def test_serving_prefers_smaller_models(size, served, best_size, saved, less):
 
 BAD = [
     ("moe", lambda: make([1e7] * 9, [3.0] * 9, tokens=[1e9] * 9), "this law needs total_params=NAME"),
-    ("moe", lambda: dataclasses.replace(runs("moe"), extra={"total_params": np.full(64, 1e7)}), "run 1 has 1e.07, and more active"),
+    ("moe", lambda: dataclasses.replace(runs("moe"), extra={"total_params": np.full(64, 1e7)}), "run 12 has 1e.07, and more"),
     ("moe", lambda: runs("moe").take(np.arange(64) % 4 == 0), "fewer than 2 different ratios of total to active"),
     ("precision", lambda: runs("precision").take(np.arange(64) % 4 == 0), "fewer than 2 different values of bits"),
     ("state", lambda: runs("state").take(np.arange(64) % 4 < 2), "fewer than 3 different values of state"),
