@@ -55,12 +55,27 @@ def analyse(points: Points, approach: str, *, bootstrap: int = 1000, seed: int =
     }
     if np.median(points.loss_P) > PERPLEXITY:
         answer["notes"].append(f"the median loss is {np.median(points.loss_P):.3g}: perplexities? These laws are of log-losses")
+    answer["notes"] += _undecided(fitted, points, answer["residual_rms"])
     answer["leave_largest_out"], problem = _held_out(law, points, seed)
     answer["notes"] += [problem] if problem else []
     if budget is not None:
         answer["optimum"], notes = _at_budget(law, fitted, points, budget, at, served_tokens, seed)
         answer["notes"] += notes
     return answer
+
+
+def _undecided(fitted: Fitted, points: Points, residual_rms: float) -> list[str]:
+    """Of approach 3 and its extensions: which term changes so little among the runs that its parameters mean nothing."""
+    notes = []
+    terms = (("A", "alpha", points.params_P, "parameters"), ("B", "beta", points.tokens_P, "tokens"))
+    for scale, exponent, values_P, what in terms:
+        if exponent in fitted.parameters:
+            term_P = fitted.parameters[scale][0] * values_P ** -fitted.parameters[exponent][0]
+            share = float(np.ptp(term_P) / points.loss_P.mean())
+            if share < max(3 * residual_rms, 1e-3):
+                notes.append(f"over all {what} the law changes by {share:.2g} of the loss, and runs are {residual_rms:.2g} off it: "
+                             f"{scale}, {exponent} and the optimum aren't decided, whatever their intervals say")
+    return notes
 
 
 def _check_budget(law: Law, approach: str, budget: float | None, at: tuple[str, float] | None, served: float | None) -> None:

@@ -80,6 +80,8 @@ def require_enough(points: Points, estimated: int) -> None:
     for values_P, what in ((n_P, "sizes"), (d_P, "token counts")):
         if len(np.unique(np.round(values_P, 6))) < 3:
             raise InputError("points", f"fewer than 3 different {what}", f"a law in N and D needs at least 3 {what}")
+    if np.ptp(np.log(points.loss_P)) < 1e-6:
+        raise InputError("loss", f"every run has the same, {points.loss_P[0]:g}", "name the column of the final loss")
     if abs(np.corrcoef(n_P, d_P)[0, 1]) > 0.9999:
         raise InputError("points", "parameters and tokens always change together", "vary the tokens per parameter")
 
@@ -88,7 +90,8 @@ def at_optimum(p: np.ndarray, q: np.ndarray, log_a: np.ndarray, log_b: np.ndarra
     """The minimum of A/N^p + B/D^q at C = kND (Hoffmann et al. 2022, equation 4)."""
     a, b = q / (p + q), p / (p + q)
     log_ratio = (np.log(p) + log_a - np.log(q) - log_b) / (p + q)
-    return {"a_opt": a, "b_opt": b, "G": np.exp(log_ratio - a * math.log(k)), "H": np.exp(-log_ratio - b * math.log(k))}
+    with np.errstate(over="ignore"):  # a resample, or runs that know no optimum
+        return {"a_opt": a, "b_opt": b, "G": np.exp(log_ratio - a * math.log(k)), "H": np.exp(-log_ratio - b * math.log(k))}
 
 
 def _parametric_curve(theta_K: jax.Array, x_FxP: jax.Array) -> jax.Array:

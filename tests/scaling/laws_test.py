@@ -141,6 +141,7 @@ BAD = [
     ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=[1e9] * 9), "fewer than 3 different token"),
     ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=20 * np.geomspace(1e6, 1e9, 9)),
      "always change together"),
+    ("3", lambda: make(ladder().params_P, np.full(80, 3.0), flops=ladder().flops_P), "loss: every run has the same, 3; name"),
     ("2", lambda: parabolas().take(np.arange(7)), "1 budget only; approach 2 needs at least 2 budgets"),
     ("2", lambda: parabolas().take(np.arange(42) % 7 < 2), "0 of 6 budgets have a minimum among 3 sizes or more"),
     ("1", ladder, "80 runs have no envelope"),

@@ -112,6 +112,15 @@ def test_left_out_runs_are_said_and_perplexities_are_suspected():
     assert any("perplexities?" in note for note in notes)
 
 
+def test_losses_that_do_not_fall_with_size_are_said_to_decide_nothing():
+    """The loss depends on the tokens alone: whatever A and alpha come out, they mean nothing."""
+    points = ladder()
+    noise_P = np.exp(0.003 * np.random.default_rng(0).standard_normal(80))
+    points = make(points.params_P, (1.7 + 400 / points.tokens_P**0.28) * noise_P, flops=points.flops_P)
+    answer = analyse(points, "3", bootstrap=20)
+    assert [note.split(":")[1][:9] for note in answer["notes"]] == [" A, alpha"]
+
+
 def family(name: str, e: float, k: float, noise: float = 0.002, seed: int = 0):
     """A fit of approach 2 on a family with the optimum's loss e + k / C^0.15."""
     base = parabolas()
