@@ -73,7 +73,7 @@ def _undecided(fitted: Fitted, points: Points, residual_rms: float) -> list[str]
             term_P = fitted.parameters[scale][0] * values_P ** -fitted.parameters[exponent][0]
             share = float(np.ptp(term_P) / points.loss_P.mean())
             if share < max(3 * residual_rms, 1e-3):
-                notes.append(f"over all {what} the law changes by {share:.2g} of the loss, and runs are {residual_rms:.2g} off it: "
+                notes.append(f"over all {what} the law changes by {share:.2g} of the loss; runs are {residual_rms:.2g} off it: "
                              f"{scale}, {exponent} and the optimum aren't decided, whatever their intervals say")
     return notes
 
