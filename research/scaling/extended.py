@@ -157,7 +157,8 @@ def _fit_law(name: str) -> Callable[[Points, int, int], Fitted]:
         found, notes, estimated = _fit(form, points, count, seed), (), 5 + len(form.more)
         if name == "repeated":
             p = {key: float(values_T[0]) for key, values_T in found.items()}
-            best_P = (p["alpha"] * p["A"] / p["beta"] / p["B"] * points.extra["unique_tokens"] ** p["beta"]) ** (1 / p["alpha"])
+            unique_P = np.minimum(points.extra["unique_tokens"], points.tokens_P)
+            best_P = (p["alpha"] * p["A"] / p["beta"] / p["B"] * unique_P ** p["beta"]) ** (1 / p["alpha"])
             excess = int((points.params_P > 1.5 * best_P).sum())
             if excess < 3:
                 found, estimated = _fit(DATA_ONLY, points, count, seed), 6
