@@ -7,7 +7,7 @@ import pytest
 
 from research.errors import InputError
 from research.scaling.analysis import analyse, crossing
-from research.scaling.laws import LAWS
+from research.scaling.laws import LAWS, Fitted
 from research.scaling.points import make
 from research.scaling.uncertainty import interval, outliers, predictive, resamples
 from tests.scaling.laws_test import chinchilla, ladder, parabolas
@@ -148,3 +148,17 @@ def test_families_that_do_not_cross():
     assert all(row["prefers"] is None for row in same["at"])
     with pytest.raises(InputError, match="no range"):
         crossing(better, worse, 1e21, 1e18)
+
+
+@pytest.mark.parametrize("e, k, end", [(1.6, 1000.0, 1e300), (1.9, 1000.0, 0.0)])
+def test_resamples_that_do_not_cross_count_as_beyond_the_end_where_they_would(e, k, end):
+    """The first is better at small budgets. A resample in which it always is crosses later; one in which it never is, earlier."""
+    def of(name, e_T, k_T):
+        found = {"G": 1.0, "a_opt": 0.5, "H": 1.0, "b_opt": 0.5, "gamma": 0.15}
+        parameters = {key: np.full(21, value) for key, value in found.items()} | {"E": np.array(e_T), "K": np.array(k_T)}
+        return name, LAWS["2"], Fitted(parameters, np.zeros(9), ("",) * 9, 3)
+
+    first = of("a", [1.8] + [e] * 20, [1000 - 65.9] + [k] * 20)
+    found = crossing(first, of("b", [1.7] * 21, [1000.0] * 21), 1e17, 1e21)
+    assert found["crossing"]["value"] == pytest.approx((65.9 / 0.1) ** (1 / 0.15), rel=0.01)
+    assert found["crossing"]["low"] == found["crossing"]["high"] == end and found["crossing_share"] == 0
