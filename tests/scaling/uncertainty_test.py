@@ -152,7 +152,7 @@ def test_families_that_do_not_cross():
 
 @pytest.mark.parametrize("e, k, end", [(1.6, 1000.0, 1e300), (1.9, 1000.0, 0.0)])
 def test_resamples_that_do_not_cross_count_as_beyond_the_end_where_they_would(e, k, end):
-    """The first is better at small budgets. A resample in which it always is crosses later; one in which it never is, earlier."""
+    """The first is better at small budgets. Where it always is, a resample crosses later; where it never is, earlier."""
     def of(name, e_T, k_T):
         found = {"G": 1.0, "a_opt": 0.5, "H": 1.0, "b_opt": 0.5, "gamma": 0.15}
         parameters = {key: np.full(21, value) for key, value in found.items()} | {"E": np.array(e_T), "K": np.array(k_T)}
