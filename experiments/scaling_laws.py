@@ -1,7 +1,8 @@
 """Scaling laws from finished runs: fit.
 
     python -m experiments.scaling_laws fit --csv=FILE --columns=params=NAME,flops=NAME,loss=NAME \
-        --approach=1|2|3|kaplan [--exclude='loss>4.5'] [--bootstrap=1000] [--budget=1e21] [--seed=0] [--json]
+        --approach=1|2|3|kaplan|repeated|moe|precision|state [--exclude='loss>4.5'] [--bootstrap=1000] [--seed=0] \
+        [--budget=1e21 [--at=bits=8] [--served_tokens=1e12]] [--json]
 
 Each figure has a 95% interval; what was excluded is counted, what doesn't fit is named.
 """
@@ -17,11 +18,15 @@ from research.scaling.points import parse_columns, read_csv
 
 command_line.define_json_flag()
 flags.DEFINE_string("csv", None, "A CSV file with a head line and one run a row.")
-flags.DEFINE_string("columns", "", "FIELD=NAME,...: the columns of params, tokens or flops (6ND gives the other), and loss.")
-flags.DEFINE_string("approach", "3", "1 (envelope), 2 (isoFLOP parabolas), 3 (parametric) or kaplan.")
+flags.DEFINE_string("columns", "", "FIELD=NAME,...: the columns of params, tokens or flops (6ND gives the other), and loss; "
+                    "for some laws unique_tokens, total_params, bits or state.")
+flags.DEFINE_string("approach", "3", "1 (envelope), 2 (isoFLOP parabolas), 3 (parametric), kaplan; with a further column "
+                    "repeated, moe, precision, state.")
 flags.DEFINE_multi_string("exclude", [], "'COLUMN OP NUMBER': rows to leave out, e.g. 'loss>4.5' or 'loss==nan'. Repeatable.")
 flags.DEFINE_integer("bootstrap", 1000, "Resamples that the intervals come from.")
 flags.DEFINE_float("budget", None, "FLOPs: also give the best N and D there, and the loss of a run with these.")
+flags.DEFINE_string("at", None, "NAME=NUMBER: unique_tokens, expansion (total over active parameters), bits or state there.")
+flags.DEFINE_float("served_tokens", None, "Also the cheapest model of the budget's loss that will serve so many tokens.")
 flags.DEFINE_integer("seed", 0, "Seed of the resamples.", lower_bound=0)
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
@@ -34,10 +39,22 @@ def fit() -> dict:
     began = time.monotonic()
     columns = parse_columns(FLAGS.columns)
     points, excluded = read_csv(FLAGS.csv, columns, FLAGS.exclude)
-    answer = analyse(points, FLAGS.approach, bootstrap=FLAGS.bootstrap, seed=FLAGS.seed, budget=FLAGS.budget)
+    answer = analyse(points, FLAGS.approach, bootstrap=FLAGS.bootstrap, seed=FLAGS.seed, budget=FLAGS.budget, at=at(),
+                     served_tokens=FLAGS.served_tokens)
     column = columns["params"] if columns else "params"
-    return answer | {"n_used": f"the column {column!r}", "excluded": sum(excluded.values()), "excluded_by": excluded,
-                     "seconds": time.monotonic() - began}
+    return answer | {"n_used": f"the column {column!r}", "excluded": sum(excluded.values()) + len(answer["left_out"]),
+                     "excluded_by": excluded, "seconds": time.monotonic() - began}
+
+
+def at() -> tuple[str, float] | None:
+    """--at=bits=8 -> ("bits", 8.0)."""
+    if FLAGS.at is None:
+        return None
+    name, _, number = FLAGS.at.partition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        raise InputError("--at", f"{FLAGS.at!r} is not NAME=NUMBER", "e.g. --at=bits=8") from None
 
 
 def show(answer: dict) -> None:
@@ -52,12 +69,18 @@ def show(answer: dict) -> None:
         best = answer["optimum"]
         rows += [(f"{name} at {best['flops']:.3g} FLOPs", *_figures(best[name])) for name in ("N_opt", "D_opt", "loss")
                  if best[name]]
+        if "served" in best:
+            served = best["served"]
+            rows += [(f"{name} to serve {served['tokens']:.3g} tokens", *_figures(served[name]))
+                     for name in ("N_opt", "D_opt", "flops", "saved")]
     held = answer["leave_largest_out"]
     if held:
         rows.append((f"error at {held['flops']:.3g} FLOPs, left out", *_figures(held["relative_error"])))
     command_line.print_table(rows)
     if held:
-        print(f"left out: {held['runs']} runs, {held['covered']:.0%} of them inside their 95% interval")
+        print(f"largest budget: {held['runs']} runs, {held['covered']:.0%} of them inside their 95% interval")
+    for found in answer["left_out"]:
+        print(f"left out: {found['run']}, {found['reason']}")
     for found in answer["outliers"]:
         print(f"outlier, still in the fit: {found['run']}, {found['residual']:+.3f} in log loss (robust z {found['z']:+.1f})")
     for note in answer["notes"]:

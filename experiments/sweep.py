@@ -26,6 +26,7 @@ from tqdm import tqdm
 from experiments import command_line
 from research.config import nearest, override, parse_assignments
 from research.errors import InputError, Interrupted
+from research.scaling.planner import total_costs
 from research.schema import COMPILED, CONFIG_FILE, EXIT_INTERRUPTED, RESULT_FILE, Config
 from research.training.program import make_program
 from research.training.workdir import read_config
@@ -229,9 +230,20 @@ def report(workdir: str) -> list[dict[str, Any]]:
                    for name in ("final_eval_loss", "final_eval_loss_se", "bits_per_byte")]
         lines.append("| " + " | ".join([row["cell"], *values, *figures, f"{row['tokens_per_second']:,.0f}"]) + " |")
     with open(os.path.join(workdir, "report.md"), "w") as file:
-        file.write("\n".join(lines) + "\n")
+        file.write("\n".join(lines) + f"\n\n{costs(rows)}\n")
     draw(rows, varied, os.path.join(workdir, "report.png"))
     return rows
+
+
+def costs(rows: Sequence[dict[str, Any]]) -> str:
+    """What the finished cells took together, as a line."""
+    total = total_costs(rows)
+    words = [f"{total['runs']} finished cells: {total['chip_seconds'] / 3600:.3g} chip-hours"]
+    for name, unit in (("cost", "USD"), ("energy_kwh", "kWh")):
+        figure = total[name]
+        known = figure and f"{figure['value']:.3g} {unit} ({figure['low']:.3g} to {figure['high']:.3g})"
+        words.append(known or f"{unit} unknown")
+    return ", ".join(words)
 
 
 def draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], path: str) -> None:
@@ -270,7 +282,7 @@ def main(argv: list[str]) -> int:
     if verb == "report":
         rows = report(FLAGS.workdir)
         if FLAGS.json:
-            command_line.print_json({"results": rows})
+            command_line.print_json({"results": rows, "total": total_costs(rows)})
         else:
             print(open(os.path.join(FLAGS.workdir, "report.md")).read() + f"\n{os.path.join(FLAGS.workdir, 'report.png')}")
         return 0
@@ -289,7 +301,7 @@ def main(argv: list[str]) -> int:
     failed = run_cells(rows, FLAGS.jobs, FLAGS.minutes)
     rows = report(FLAGS.workdir)
     if FLAGS.json:
-        command_line.print_json({"results": rows, "failed": failed})
+        command_line.print_json({"results": rows, "failed": failed, "total": total_costs(rows)})
     else:
         print(open(os.path.join(FLAGS.workdir, "report.md")).read())
     return 1 if failed else 0

@@ -1,60 +1,114 @@
-"""A fit with everything that is said of it: intervals, the optimum at a budget, outliers, the error on the largest budget."""
+"""A fit with everything that is said of it: intervals, the optimum at a budget, outliers, the error on the largest budget; and
+which of two families' laws promises the lower loss at which budget."""
+
+import math
 
 import numpy as np
 
 from research.config import nearest
 from research.errors import InputError
-from research.scaling.laws import LAWS, Fitted, Law, optimum
-from research.scaling.points import Points, budgets
-from research.scaling.uncertainty import interval, leave_largest_out, outliers, predictive
+from research.scaling.extended import EXTENDED, inference_optimum, optimum_at
+from research.scaling.laws import LAWS, Fitted, Law, log_loss, optimal_log_loss, optimum
+from research.scaling.points import Points, budgets, rungs, without_diverged
+from research.scaling.uncertainty import MOST, interval, leave_largest_out, outliers, predictive
 
+APPROACHES = LAWS | EXTENDED
 HELD_OUT_RESAMPLES = 200
+PERPLEXITY = 12.0  # nats: a uniform guess over 160,000 tokens. No runs worth a fit have such a median
+AT = {"total_params": "expansion"}  # a regressor -> what a budget is asked at, where that isn't itself
 
 
-def analyse(points: Points, approach: str, *, bootstrap: int = 1000, seed: int = 0, budget: float | None = None) -> dict:
+def analyse(points: Points, approach: str, *, bootstrap: int = 1000, seed: int = 0, budget: float | None = None,
+            at: tuple[str, float] | None = None, served_tokens: float | None = None) -> dict:
     """What `fit` prints, as plain data; every estimated figure is {"value", "low", "high"} (95%).
 
     Args:
-      approach: a row of LAWS.
+      approach: a row of LAWS or EXTENDED.
       bootstrap: resamples, at least 20.
       budget: FLOPs to give N_opt, D_opt and the loss at; the loss's interval holds one new run, its own noise included.
+      at: the regressor of a law of EXTENDED and its value at the budget: unique_tokens, expansion (total over active
+        parameters), bits or state.
+      served_tokens: also the cheapest model of the budget's loss, when it will serve so many (approach 3).
 
     Raises:
-      InputError: an unknown approach, too few resamples, a budget that isn't positive, or runs that can't decide the law.
+      InputError: an unknown approach, too few resamples, a budget or value that isn't positive, `at` or `served_tokens` with
+        a law that has no use for it, or runs that can't decide the law.
     """
-    if approach not in LAWS:
-        raise InputError("--approach", f"unknown {approach!r}", nearest(approach, tuple(LAWS)))
+    if approach not in APPROACHES:
+        raise InputError("--approach", f"unknown {approach!r}", nearest(approach, tuple(APPROACHES)))
     if bootstrap < 20:
         raise InputError("--bootstrap", f"{bootstrap} resamples give no 95% interval", "take 1000; at least 20")
-    if budget is not None and not (np.isfinite(budget) and budget > 0):
-        raise InputError("--budget", f"{budget:g} is not a number of FLOPs", "e.g. --budget=1e21")
-    law = LAWS[approach]
+    law = APPROACHES[approach]
+    _check_budget(law, approach, budget, at, served_tokens)
+    points = without_diverged(points)
     fitted = law.fit(points, bootstrap, seed)
     answer = {
         "approach": approach, "formula": law.formula,
         "parameters": {name: interval(values_T) for name, values_T in fitted.parameters.items()},
-        "points": len(points), "fitted_points": len(fitted.residual_P), "bootstrap": bootstrap, "seed": seed,
+        "points": len(points), "rungs": len(np.unique(rungs(points))), "fitted_points": len(fitted.residual_P),
+        "left_out": [{"run": run, "reason": reason} for run, reason in points.left_out],
+        "bootstrap": bootstrap, "seed": seed,
         "flops_per_param_token": points.flops_per_weight_token,
         "residual_rms": float(np.sqrt(np.mean(fitted.residual_P**2))),
         "outliers": outliers(fitted.residual_P, fitted.names),
         "notes": list(fitted.notes),
     }
+    if np.median(points.loss_P) > PERPLEXITY:
+        answer["notes"].append(f"the median loss is {np.median(points.loss_P):.3g}: perplexities? These laws are of log-losses")
+    answer["notes"] += _undecided(fitted, points, answer["residual_rms"])
     answer["leave_largest_out"], problem = _held_out(law, points, seed)
     answer["notes"] += [problem] if problem else []
     if budget is not None:
-        answer["optimum"], notes = _at_budget(law, fitted, points, budget, seed)
+        answer["optimum"], notes = _at_budget(law, fitted, points, budget, at, served_tokens, seed)
         answer["notes"] += notes
     return answer
 
 
-def _at_budget(law: Law, fitted: Fitted, points: Points, budget: float, seed: int) -> tuple[dict, list[str]]:
-    best = optimum(law, fitted.parameters, budget)
+def _undecided(fitted: Fitted, points: Points, residual_rms: float) -> list[str]:
+    """Of approach 3 and its extensions: which term changes so little among the runs that its parameters mean nothing."""
+    notes = []
+    terms = (("A", "alpha", points.params_P, "parameters"), ("B", "beta", points.tokens_P, "tokens"))
+    for scale, exponent, values_P, what in terms:
+        if exponent in fitted.parameters:
+            term_P = fitted.parameters[scale][0] * values_P ** -fitted.parameters[exponent][0]
+            share = float(np.ptp(term_P) / points.loss_P.mean())
+            if share < max(3 * residual_rms, 1e-3):
+                notes.append(f"over all {what} the law changes by {share:.2g} of the loss; runs are {residual_rms:.2g} off it: "
+                             f"{scale}, {exponent} and the optimum aren't decided, whatever their intervals say")
+    return notes
+
+
+def _check_budget(law: Law, approach: str, budget: float | None, at: tuple[str, float] | None, served: float | None) -> None:
+    for flag, value, what in (("--budget", budget, "FLOPs"), ("--at", at[1] if at else None, at[0] if at else ""),
+                              ("--served_tokens", served, "tokens")):
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise InputError(flag, f"{value:g} is not a number of {what}", "give a positive number, e.g. 1e21")
+    wanted = "".join(AT[name] if name in AT else name for name in law.extra)
+    cure = f"give --budget and --at={wanted}=NUMBER" if wanted else "leave it out"
+    if at is not None and budget is None:
+        raise InputError("--at", "says nothing without a budget", cure)
+    if at is not None and at[0] != wanted:
+        raise InputError("--at", f"{at[0]} isn't what approach {approach} is asked at", cure)
+    if budget is not None and at is None and wanted:
+        raise InputError("--at", f"approach {approach} at a budget needs its {wanted}", cure)
+    if served is not None and (approach != "3" or budget is None):
+        raise InputError("--served_tokens", "needs --approach=3 and a --budget", "the loss that is served is the budget's")
+
+
+def _at_budget(law: Law, fitted: Fitted, points: Points, budget: float, at: tuple[str, float] | None, served: float | None,
+               seed: int) -> tuple[dict, list[str]]:
+    k = points.flops_per_weight_token
+    best = optimum(law, fitted.parameters, budget) if at is None else optimum_at(law, fitted.parameters, budget, k, at[1])
     told = {"flops": budget, "N_opt": interval(best["N_opt"]), "D_opt": interval(best["D_opt"]), "loss": None}
+    told |= {at[0]: at[1]} if at else {}
     notes = []
     if np.isfinite(best["loss"][0]):
         told["loss"] = interval(predictive(np.log(best["loss"]), fitted.residual_P, fitted.estimated, seed))
     else:
         notes.append("no loss at the budget: L = E + K/C^gamma needs at least 4 budgets with a minimum")
+    if served is not None:
+        cheapest = inference_optimum(fitted.parameters, best["loss"], served, k)
+        told["served"] = {"tokens": served} | {name: interval(values_T) for name, values_T in cheapest.items()}
     ratio = budget / points.flops_P.max()
     if ratio > 1:
         notes.append(f"the budget is {ratio:.3g} times the largest in the data: an extrapolation")
@@ -68,7 +122,7 @@ def _held_out(law: Law, points: Points, seed: int) -> tuple[dict | None, str]:
         fitted = law.fit(seen, HELD_OUT_RESAMPLES, seed)
         if law.optimal_only:
             unseen = unseen.take(np.array([unseen.loss_P.argmin()]))
-        log_loss_SxU = law.log_loss(fitted.parameters, unseen.params_P, unseen.tokens_P, unseen.flops_P)
+        log_loss_SxU = log_loss(law, fitted.parameters, unseen)
         if not np.isfinite(log_loss_SxU[0]).all():
             raise InputError("points", "fewer than 4 smaller budgets have a minimum", "add budgets")
         return {"log_loss_SxU": log_loss_SxU, "residual_P": fitted.residual_P, "parameters": fitted.estimated,
@@ -80,3 +134,55 @@ def _held_out(law: Law, points: Points, seed: int) -> tuple[dict | None, str]:
         return leave_largest_out(points, predict), ""
     except InputError as error:
         return None, f"the largest budget can't be left out: without it, {error.problem}"
+
+
+def crossing(first: tuple[str, Law, Fitted], second: tuple[str, Law, Fitted], low: float, high: float, shown: int = 9) -> dict:
+    """Which of two families' laws promises the lower loss, at every budget from `low` to `high` FLOPs, and where that changes.
+
+    Args:
+      first, second: a family's name, its law (of LAWS) and its fit. Their losses must be of the same text in the same unit.
+      shown: at how many budgets the preference is spelled out.
+
+    Returns:
+      families: the names. crossing: FLOPs where the preference changes (the last change in the range), with its interval, or
+      None where it doesn't change; an interval's end of 0 or 1e300 is outside the range. crossing_share: of the resamples, how
+      many change in the range. at: {flops, difference (first - second, of losses), prefers (None if the interval holds 0),
+      first_share (of the resamples that prefer the first)} of each budget shown.
+
+    Raises:
+      InputError: not 0 < low < high.
+      ValueError: fits without resamples, or of different numbers of them.
+    """
+    if not 0 < low < high < math.inf:
+        raise InputError("budgets", f"{low:g} to {high:g} FLOPs is no range", "give 0 < low < high")
+    flops_C = np.geomspace(low, high, 50 * (shown - 1) + 1)
+    loss_TxC, other_TxC = (np.exp(optimal_log_loss(law, fitted.parameters, flops_C)) for _, law, fitted in (first, second))
+    if loss_TxC.shape != other_TxC.shape or len(loss_TxC) < 2:
+        raise ValueError("the two fits need the same number of resamples, at least 1")
+    order = np.concatenate([[0], 1 + np.roll(np.arange(len(loss_TxC) - 1), len(loss_TxC) // 2)])  # two fits of one seed drew
+    gap_TxC = loss_TxC - other_TxC[order]  # the same rungs: what is compared must be independent
+    place_T = np.array([_last_change(np.log(flops_C), gap_C) for gap_C in gap_TxC])
+    # The change to what entry 0 prefers at the high end: beyond it for a resample that still prefers the other there, and below
+    # the low end for one that never did.
+    there_T = np.sign(gap_TxC[:, -1]) == np.sign(gap_TxC[0, -1])
+    inside_T = there_T & np.isfinite(place_T)
+    flops_T = np.where(inside_T, np.exp(np.where(inside_T, place_T, 0.0)), np.where(there_T, 0.0, MOST))
+    flops_T[np.isnan(gap_TxC).any(1)] = np.nan
+    at = []
+    for c in range(0, len(flops_C), 50):
+        figure = interval(gap_TxC[:, c])
+        sure = figure["low"] > 0 or figure["high"] < 0
+        at.append({"flops": float(flops_C[c]), "difference": figure,
+                   "prefers": (first[0] if figure["high"] < 0 else second[0]) if sure else None,
+                   "first_share": float(np.mean(gap_TxC[1:, c] < 0))})
+    return {"families": [first[0], second[0]], "crossing": interval(flops_T) if inside_T[0] else None,
+            "crossing_share": float(np.mean(inside_T[1:])), "at": at}
+
+
+def _last_change(x_C: np.ndarray, gap_C: np.ndarray) -> float:
+    """Where the gap's sign changes last, between two points by a line; NaN if it never does."""
+    changes = np.flatnonzero(np.sign(gap_C[:-1]) * np.sign(gap_C[1:]) < 0)
+    if not len(changes):
+        return math.nan
+    i = changes[-1]
+    return float(x_C[i] + (x_C[i + 1] - x_C[i]) * gap_C[i] / (gap_C[i] - gap_C[i + 1]))

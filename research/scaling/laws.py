@@ -15,7 +15,7 @@ import numpy as np
 
 from research.errors import InputError
 from research.scaling import fitter
-from research.scaling.points import Points, budgets
+from research.scaling.points import Points, budgets, rungs
 from research.scaling.uncertainty import resamples
 
 Parameters = dict[str, np.ndarray]  # name -> (T,)
@@ -38,40 +38,60 @@ class Law:
 
     fit: (points, how many resamples, seed) -> Fitted; raises InputError where the runs can't decide the law.
     log_loss: (parameters, params_P, tokens_P, flops_P) -> log loss (T, P). Approaches 1 and 2 don't know the loss off the
-      optimum: `optimal_only` laws give that of the optimum at these FLOPs, NaN where too few budgets decided it.
+      optimum: `optimal_only` laws give that of the optimum at these FLOPs, NaN where too few budgets decided it. A law with
+      regressors of its own (`extra`) is also given them: (..., flops_P, *extra_P).
     """
 
     formula: str
     fit: Callable[[Points, int, int], Fitted]
-    log_loss: Callable[[Parameters, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    log_loss: Callable[..., np.ndarray]
     optimal_only: bool
+    extra: tuple[str, ...] = ()
+
+
+def log_loss(law: Law, parameters: Parameters, points: Points) -> np.ndarray:
+    """The law's log loss at the runs, (T, P), with whatever regressors it has."""
+    extra = [points.extra[name] for name in law.extra]
+    return law.log_loss(parameters, points.params_P, points.tokens_P, points.flops_P, *extra)
 
 
 def optimum(law: Law, parameters: Parameters, flops: float) -> Parameters:
     """N_opt, D_opt and the loss there at a budget, each (T,)."""
     params_T = np.exp(np.log(parameters["G"]) + parameters["a_opt"] * math.log(flops))
     tokens_T = np.exp(np.log(parameters["H"]) + parameters["b_opt"] * math.log(flops))
-    log_loss_T = law.log_loss(parameters, params_T[:, None], tokens_T[:, None], np.array([flops]))[:, 0]
-    return {"N_opt": params_T, "D_opt": tokens_T, "loss": np.exp(log_loss_T)}
+    return {"N_opt": params_T, "D_opt": tokens_T, "loss": np.exp(optimal_log_loss(law, parameters, np.array([flops]))[:, 0])}
 
 
-def _enough(points: Points, estimated: int) -> None:
-    need = estimated + 3
-    if len(points) < need:
-        raise InputError("points", f"{len(points)} runs can't decide {estimated} parameters", f"give at least {need}")
+def optimal_log_loss(law: Law, parameters: Parameters, flops_C: np.ndarray) -> np.ndarray:
+    """Log loss at the optimum of each budget, (T, C). For laws without regressors of their own."""
+    log_c = np.log(flops_C)
+    params_TxC = np.exp(np.log(parameters["G"])[:, None] + parameters["a_opt"][:, None] * log_c)
+    tokens_TxC = np.exp(np.log(parameters["H"])[:, None] + parameters["b_opt"][:, None] * log_c)
+    return law.log_loss(parameters, params_TxC, tokens_TxC, flops_C)
+
+
+def require_enough(points: Points, estimated: int) -> None:
+    """Raises InputError where `points` can't decide so many parameters of a law in N and D."""
+    need, found = estimated + 3, len(np.unique(rungs(points)))
+    if found < need:
+        runs = f"{len(points)} runs" if found == len(points) else f"{found} rungs ({len(points)} runs; seeds don't count)"
+        raise InputError("points", f"{runs} can't decide {estimated} parameters", f"give at least {need}")
     n_P, d_P = np.log(points.params_P), np.log(points.tokens_P)
     for values_P, what in ((n_P, "sizes"), (d_P, "token counts")):
         if len(np.unique(np.round(values_P, 6))) < 3:
             raise InputError("points", f"fewer than 3 different {what}", f"a law in N and D needs at least 3 {what}")
+    if np.ptp(np.log(points.loss_P)) < 1e-6:
+        raise InputError("loss", f"every run has the same, {points.loss_P[0]:g}", "name the column of the final loss")
     if abs(np.corrcoef(n_P, d_P)[0, 1]) > 0.9999:
         raise InputError("points", "parameters and tokens always change together", "vary the tokens per parameter")
 
 
-def _at_optimum(p: np.ndarray, q: np.ndarray, log_a: np.ndarray, log_b: np.ndarray, k: float) -> Parameters:
+def at_optimum(p: np.ndarray, q: np.ndarray, log_a: np.ndarray, log_b: np.ndarray, k: float) -> Parameters:
     """The minimum of A/N^p + B/D^q at C = kND (Hoffmann et al. 2022, equation 4)."""
     a, b = q / (p + q), p / (p + q)
     log_ratio = (np.log(p) + log_a - np.log(q) - log_b) / (p + q)
-    return {"a_opt": a, "b_opt": b, "G": np.exp(log_ratio - a * math.log(k)), "H": np.exp(-log_ratio - b * math.log(k))}
+    with np.errstate(over="ignore"):  # a resample, or runs that know no optimum
+        return {"a_opt": a, "b_opt": b, "G": np.exp(log_ratio - a * math.log(k)), "H": np.exp(-log_ratio - b * math.log(k))}
 
 
 def _parametric_curve(theta_K: jax.Array, x_FxP: jax.Array) -> jax.Array:
@@ -89,20 +109,20 @@ def _parametric_loss(p: Parameters, params_P: np.ndarray, tokens_P: np.ndarray, 
 
 def fit_parametric(points: Points, count: int, seed: int) -> Fitted:
     """Approach 3: L = E + A/N^alpha + B/D^beta. 500 starts on centred logarithms, so the units of N, D and L don't matter."""
-    _enough(points, 5)
+    require_enough(points, 5)
     x_FxP = np.log(np.stack([points.params_P, points.tokens_P]))
     y_P, middle_F = np.log(points.loss_P), x_FxP.mean(1)
     shift = y_P.mean()
     slopes = np.log([0.1, 0.25, 0.5, 0.8, 1.2])
     starts = [(math.log(e), math.log((1 - e) * s), math.log((1 - e) * (1 - s)), alpha, beta) for e, s, alpha, beta in
               itertools.product((0.2, 0.5, 0.7, 0.9), (0.1, 0.3, 0.5, 0.7, 0.9), slopes, slopes)]
-    weight_TxP = np.concatenate([np.ones((1, len(points))), resamples(len(points), count, seed)])
+    weight_TxP = np.concatenate([np.ones((1, len(points))), resamples(len(points), count, seed, rungs(points))])
     y_TxP = np.broadcast_to(y_P - shift, weight_TxP.shape)
     theta = fitter.fit(_parametric_curve, x_FxP - middle_F[:, None], y_TxP, weight_TxP, np.array(starts))
     alpha, beta = np.exp(theta[:, 3]), np.exp(theta[:, 4])
     log_a, log_b = theta[:, 1] + shift + alpha * middle_F[0], theta[:, 2] + shift + beta * middle_F[1]
     found = {"E": np.exp(theta[:, 0] + shift), "A": np.exp(log_a), "B": np.exp(log_b), "alpha": alpha, "beta": beta}
-    found |= _at_optimum(alpha, beta, log_a, log_b, points.flops_per_weight_token)
+    found |= at_optimum(alpha, beta, log_a, log_b, points.flops_per_weight_token)
     residual_P = y_P - _parametric_loss(found, points.params_P, points.tokens_P, points.flops_P)[0]
     return Fitted(found, residual_P, points.names, 5)
 
@@ -124,21 +144,21 @@ def fit_kaplan(points: Points, count: int, seed: int) -> Fitted:
     Its limits are their L(N) = (N_c/N)^alpha_N and L(D) = (D_c/D)^alpha_D, and its value at the optimum is a power law, too:
     L(C) = (C_c/C)^alpha_C with 1/alpha_C = 1/alpha_N + 1/alpha_D (they have a third term there, for the batch size).
     """
-    _enough(points, 4)
+    require_enough(points, 4)
     x_FxP = np.log(np.stack([points.params_P, points.tokens_P]))
     y_P, middle_F = np.log(points.loss_P), x_FxP.mean(1)
     shift = y_P.mean()
     slopes = np.log([0.03, 0.07, 0.15, 0.3, 0.6])
     starts = [(math.log(s), math.log(1 - s), n, d) for s, n, d in
               itertools.product((0.1, 0.3, 0.5, 0.7, 0.9), slopes, slopes)]
-    weight_TxP = np.concatenate([np.ones((1, len(points))), resamples(len(points), count, seed)])
+    weight_TxP = np.concatenate([np.ones((1, len(points))), resamples(len(points), count, seed, rungs(points))])
     y_TxP = np.broadcast_to(y_P - shift, weight_TxP.shape)
     theta = fitter.fit(_kaplan_curve, x_FxP - middle_F[:, None], y_TxP, weight_TxP, np.array(starts))
     n, d = np.exp(theta[:, 2]), np.exp(theta[:, 3])
     p = n / d
     log_n_c, log_d_c = (theta[:, 0] + shift / d) / p + middle_F[0], theta[:, 1] + shift / d + middle_F[1]
     found = {"alpha_N": n, "N_c": np.exp(log_n_c), "alpha_D": d, "D_c": np.exp(log_d_c), "alpha_C": n * d / (n + d)}
-    best = _at_optimum(p, np.ones_like(p), p * log_n_c, log_d_c, points.flops_per_weight_token)
+    best = at_optimum(p, np.ones_like(p), p * log_n_c, log_d_c, points.flops_per_weight_token)
     # At the optimum both terms are powers of C: their logarithms at C = 1 give C_c, where the law's loss is 1.
     log_loss_T = d * np.logaddexp(p * (log_n_c - np.log(best["G"])), log_d_c - np.log(best["H"]))
     found |= {"C_c": np.exp(log_loss_T / found["alpha_C"])} | best
@@ -157,10 +177,10 @@ def _optimal_loss(p: Parameters, params_P: np.ndarray, tokens_P: np.ndarray, flo
     return np.log(p["E"][:, None] + p["K"][:, None] * flops_P ** -p["gamma"][:, None])
 
 
-def _fit_offset(log_flops_B: np.ndarray, log_loss_TxB: np.ndarray) -> Parameters:
+def _fit_offset(log_flops_B: np.ndarray, log_loss_TxB: np.ndarray, weight_B: np.ndarray | float = 1.0) -> Parameters:
     """L(C) = E + K/C^gamma through the optima's losses; those that aren't finite don't count. Needs 4 budgets."""
-    weight_TxB = np.isfinite(log_loss_TxB).astype(np.float64)
-    if weight_TxB[0].sum() < 4:
+    weight_TxB = np.isfinite(log_loss_TxB) * (np.ones_like(log_flops_B) * weight_B)
+    if (weight_TxB[0] > 0).sum() < 4:
         return {}
     middle, shift = log_flops_B.mean(), log_loss_TxB[0][weight_TxB[0] > 0].mean()
     starts = [(math.log(e), math.log(1 - e), g) for e, g in
@@ -171,72 +191,130 @@ def _fit_offset(log_flops_B: np.ndarray, log_loss_TxB: np.ndarray) -> Parameters
     return {"E": np.exp(theta[:, 0] + shift), "K": np.exp(theta[:, 1] + shift + gamma * middle), "gamma": gamma}
 
 
-def _power_law(log_flops_B: np.ndarray, log_value_TxB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _power_law(log_flops_B: np.ndarray, log_value_TxB: np.ndarray, weight_B: np.ndarray | float = 1.0
+               ) -> tuple[np.ndarray, np.ndarray]:
     """(coefficient, exponent), each (T,), of least squares of log value on log FLOPs, over the budgets that have a value."""
-    weight_TxB = np.isfinite(log_value_TxB).astype(np.float64)
+    weight_TxB = np.isfinite(log_value_TxB) * (np.ones_like(log_flops_B) * weight_B)
     y_TxB = np.where(weight_TxB > 0, log_value_TxB, 0.0)
-    count_T = weight_TxB.sum(1)
+    sum_T, count_T = weight_TxB.sum(1), (weight_TxB > 0).sum(1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # a resample may have no optimum, or an absurd one
-        middle_T, mean_T = weight_TxB @ log_flops_B / count_T, (weight_TxB * y_TxB).sum(1) / count_T
-        x_TxB = weight_TxB * (log_flops_B - middle_T[:, None])
-        slope_T = np.where(count_T > 1, (x_TxB * y_TxB).sum(1) / (x_TxB**2).sum(1), np.nan)
+        middle_T, mean_T = weight_TxB @ log_flops_B / sum_T, (weight_TxB * y_TxB).sum(1) / sum_T
+        x_TxB = log_flops_B - middle_T[:, None]
+        slope_T = (weight_TxB * x_TxB * y_TxB).sum(1) / (weight_TxB * x_TxB**2).sum(1)
+        slope_T = np.where(count_T > 1, slope_T, np.nan)
         return np.exp(mean_T - slope_T * middle_T), slope_T
 
 
 def _vertex(x_P: np.ndarray, y_TxP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(place, value), each (T,), of the minimum of the parabola through y over x; NaN where it has none."""
-    middle = x_P.mean()
+    """(place, value), each (T,), of the minimum of the parabola through y over x; NaN where it has none. A place further
+    beyond the ends of x than they are apart is set there."""
+    middle, span = x_P.mean(), np.ptp(x_P)
     c, b, a = np.linalg.pinv(np.vander(x_P - middle, 3, increasing=True)) @ y_TxP.T
     with np.errstate(invalid="ignore", divide="ignore"):
         place_T, value_T = middle - b / (2 * a), c - b**2 / (4 * a)
+    place_T = np.clip(place_T, x_P.min() - span, x_P.max() + span)
     return np.where(a > 0, place_T, np.nan), np.where(a > 0, value_T, np.nan)
 
 
+def _vertex_variance(x_P: np.ndarray, y_P: np.ndarray) -> tuple[float, float]:
+    """Of the minimum's place, and of its value over itself, for noise that is proportional to y (the delta method)."""
+    design = np.vander(x_P - x_P.mean(), 3, increasing=True)
+    c, b, a = np.linalg.pinv(design) @ y_P / y_P.mean()
+    covariance, t = np.linalg.pinv(design.T @ design), -b / (2 * a)
+    place, value = np.array([0, 1, 2 * t]) / (2 * a), np.array([1, t, t * t])
+    return float(place @ covariance @ place), float(value @ covariance @ value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Budget:
+    """One isoFLOP slice, a run a rung (the geometric mean of its seeds)."""
+
+    index: np.ndarray  # of its runs, among the points
+    rung: np.ndarray  # of each of these, which of the arrays below it is in
+    log_flops: float
+    log_n_S: np.ndarray
+    log_d_S: np.ndarray
+    loss_S: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"{np.exp(self.log_flops):.3g} FLOPs"
+
+    def smooth_S(self) -> tuple[np.ndarray, np.ndarray]:
+        """The parabola at each size, and each size's leverage."""
+        design = np.vander(self.log_n_S - self.log_n_S.mean(), 3, increasing=True)
+        hat_SxS = design @ np.linalg.pinv(design)
+        return hat_SxS @ self.loss_S, np.diag(hat_SxS)
+
+
+def _slices(points: Points) -> list[_Budget]:
+    """The budgets. Runs whose FLOPs differ a little from their budget's mean are moved to it along the slope of the lowest
+    losses (near the optimum, the loss depends on C alone as the optimum's does)."""
+    groups, rung_P = budgets(points), rungs(points)
+    log_c_P, log_loss_P = np.log(points.flops_P), np.log(points.loss_P)
+    lowest = [index[log_loss_P[index].argmin()] for index in groups if len(index) > 2]
+    slope = min(0.0, np.polyfit(log_c_P[lowest], log_loss_P[lowest], 1)[0]) if len(lowest) > 1 else 0.0
+    found = []
+    for index in groups:
+        rung = np.unique(rung_P[index], return_inverse=True)[1].reshape(-1)
+        mean = lambda values_P: np.bincount(rung, values_P[index]) / np.bincount(rung)
+        log_c_S = mean(log_c_P)
+        loss_S = np.exp(mean(log_loss_P) - slope * (log_c_S - log_c_S.mean()))
+        found.append(_Budget(index, rung, log_c_S.mean(), mean(np.log(points.params_P)), mean(np.log(points.tokens_P)), loss_S))
+    return found
+
+
+def _with_minimum(slices: list[_Budget]) -> tuple[list[_Budget], list[str]]:
+    """Those that have a minimum among 3 sizes or more, and a note on the others."""
+    few = [s for s in slices if len(np.unique(np.round(s.log_n_S, 6))) < 3]
+    kept, notes = [], []
+    if few:
+        notes.append(f"{len(few)} of {len(slices)} budgets have fewer than 3 sizes ({sum(len(s.index) for s in few)} runs): "
+                     f"left out: {', '.join(s.name for s in few)}")
+    for s in slices:
+        if any(s is other for other in few):
+            continue
+        if s.log_n_S.min() <= _vertex(s.log_n_S, s.loss_S[None])[0][0] <= s.log_n_S.max():  # false for NaN
+            kept.append(s)
+        else:
+            notes.append(f"the budget of {s.name} has no minimum among its sizes ({len(s.index)} runs): left out")
+    return kept, notes
+
+
 def fit_isoflop(points: Points, count: int, seed: int) -> Fitted:
-    """Approach 2: a parabola of loss over log N (and over log D) at each budget; its minimum; power laws through the minima.
+    """Approach 2: a parabola of loss over log N (and over log D) at each budget; its minimum; power laws through the minima,
+    each weighted by how well its budget decides it.
 
     A parabola takes 3 of a budget's few runs, so resampling runs would often leave it undecided: resampled are the residuals
     (relative, all budgets together, each divided by sqrt(1 - its leverage)), added to the fitted parabolas.
     """
-    rng, notes, kept = np.random.default_rng(seed), [], []
-    groups = budgets(points)
-    if len(groups) < 2:
-        raise InputError("points", f"{len(groups)} budget only", "approach 2 needs at least 2 budgets, each with 3 sizes")
-    for index in groups:
-        flops, x_P = np.exp(np.log(points.flops_P[index]).mean()), np.log(points.params_P[index])
-        place, _ = _vertex(x_P, points.loss_P[None, index]) if len(np.unique(np.round(x_P, 6))) > 2 else (None, None)
-        if place is None:
-            notes.append(f"the budget of {flops:.3g} FLOPs has fewer than 3 sizes ({len(index)} runs): left out")
-        elif not x_P.min() <= place[0] <= x_P.max():
-            notes.append(f"the budget of {flops:.3g} FLOPs has no minimum among its sizes ({len(index)} runs): left out")
-        else:
-            kept.append(index)
-    runs = sum(map(len, kept))
-    if len(kept) < 2 or runs < 3 * len(kept) + 2:
-        raise InputError("points", f"{len(kept)} of {len(groups)} budgets have a minimum among 3 sizes or more ({runs} runs)",
+    rng, slices = np.random.default_rng(seed), _slices(points)
+    if len(slices) < 2:
+        raise InputError("points", f"{len(slices)} budget only", "approach 2 needs at least 2 budgets, each with 3 sizes")
+    kept, notes = _with_minimum(slices)
+    sizes = sum(len(s.loss_S) for s in kept)
+    if len(kept) < 2 or sizes < 3 * len(kept) + 2:
+        raise InputError("points", f"{len(kept)} of {len(slices)} budgets have a minimum among 3 sizes or more ({sizes} runs)",
                          "approach 2 needs at least 2 such budgets, and 2 runs more than 3 a budget")
-    fitted, relative = [], []
-    for index in kept:
-        design = np.vander((x_P := np.log(points.params_P[index])) - x_P.mean(), 3, increasing=True)
-        hat = design @ np.linalg.pinv(design)
-        fitted.append(hat @ points.loss_P[index])
-        relative.append(points.loss_P[index] / fitted[-1] - 1)
-        relative.append(relative.pop() / np.sqrt(np.maximum(1 - np.diag(hat), 1e-3)))
-    pool = np.concatenate(relative)
-    log_flops_B = np.array([np.log(points.flops_P[index]).mean() for index in kept])
-    log_n, log_d, loss = [], [], []
-    for index, smooth_P in zip(kept, fitted):
-        drawn = smooth_P * (1 + rng.choice(pool - pool.mean(), (count, len(index))))
-        loss_TxP = np.concatenate([points.loss_P[None, index], drawn])
-        place, value = _vertex(np.log(points.params_P[index]), loss_TxP)
+    fitted = [s.smooth_S() for s in kept]
+    pool = np.concatenate([(s.loss_S / smooth_S - 1) / np.sqrt(np.maximum(1 - leverage_S, 1e-3))
+                           for s, (smooth_S, leverage_S) in zip(kept, fitted)])
+    log_n, log_d, log_loss_TxB, spread = [], [], [], []
+    for s, (smooth_S, _) in zip(kept, fitted):
+        drawn = smooth_S * (1 + rng.choice(pool - pool.mean(), (count, len(smooth_S))))
+        loss_TxS = np.concatenate([s.loss_S[None], drawn])
+        place, value = _vertex(s.log_n_S, loss_TxS)
         log_n.append(place)
-        log_d.append(_vertex(np.log(points.tokens_P[index]), loss_TxP)[0])
-        loss.append(np.log(np.where(value > 0, value, np.nan)))
-    found = dict(zip(("G", "a_opt"), _power_law(log_flops_B, np.stack(log_n, 1))))
-    found |= dict(zip(("H", "b_opt"), _power_law(log_flops_B, np.stack(log_d, 1))))
-    found |= _fit_offset(log_flops_B, np.stack(loss, 1))
-    residual_P = np.concatenate([np.log(points.loss_P[index] / smooth_P) for index, smooth_P in zip(kept, fitted)])
-    names = tuple(points.names[i] for index in kept for i in index)
+        log_d.append(_vertex(s.log_d_S, loss_TxS)[0])
+        log_loss_TxB.append(np.log(np.where(value > 0, value, np.nan)))
+        spread.append(_vertex_variance(s.log_n_S, s.loss_S))
+    log_flops_B = np.array([s.log_flops for s in kept])
+    place_B, value_B = (1 / v_B / np.mean(1 / v_B) for v_B in np.array(spread).T)
+    found = dict(zip(("G", "a_opt"), _power_law(log_flops_B, np.stack(log_n, 1), place_B)))
+    found |= dict(zip(("H", "b_opt"), _power_law(log_flops_B, np.stack(log_d, 1), place_B)))
+    found |= _fit_offset(log_flops_B, np.stack(log_loss_TxB, 1), value_B)
+    residual_P = np.concatenate([np.log(points.loss_P[s.index] / smooth_S[s.rung]) for s, (smooth_S, _) in zip(kept, fitted)])
+    names = tuple(points.names[i] for s in kept for i in s.index)
     return Fitted(found, residual_P, names, 3 * len(kept), tuple(notes))
 
 
@@ -278,7 +356,7 @@ def fit_envelope(points: Points, count: int, seed: int, grid: int = 128) -> Fitt
     if np.isfinite(rows[0][0]).sum() < 4:
         raise InputError("points", f"{len(points)} runs have no envelope: at too few budgets does a middle one of 3 sizes win",
                          "approach 1 needs at least 3 sizes, each trained at several budgets that overlap")
-    counts = resamples(len(points), count, seed)
+    counts = resamples(len(points), count, seed, rungs(points))
     rows += [_envelope(points.take(weight_P > 0), log_flops_G) for weight_P in counts]
     log_n, log_d, log_loss = (np.stack(part) for part in zip(*rows))
     found = dict(zip(("G", "a_opt"), _power_law(log_flops_G, log_n)))

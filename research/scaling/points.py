@@ -1,4 +1,7 @@
-"""What a law is fitted to: finished runs as (parameters, tokens, FLOPs, loss), read from any CSV."""
+"""What a law is fitted to: finished runs as (parameters, tokens, FLOPs, loss), read from any CSV.
+
+What can't be fitted is left out by name (`Points.left_out`), never in silence and never as a number.
+"""
 
 import csv
 import dataclasses
@@ -11,8 +14,10 @@ import numpy as np
 
 from research.errors import InputError
 
-FIELDS = ("params", "tokens", "flops", "loss")
+EXTRA = ("unique_tokens", "total_params", "bits", "state")  # what further laws regress on (research/scaling/extended.py)
+FIELDS = ("params", "tokens", "flops", "loss", *EXTRA)
 FLOPS_PER_WEIGHT_TOKEN = 6.0  # C = 6ND: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1)
+MOST_RUNS = 20_000
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
 
 
@@ -25,6 +30,8 @@ class Points:
     flops_P: np.ndarray
     loss_P: np.ndarray
     names: tuple[str, ...]  # what a report calls each run, e.g. "line 17"
+    extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of EXTRA, each (P,)
+    left_out: tuple[tuple[str, str], ...] = ()  # (run, why) of those that aren't here
 
     def __len__(self) -> int:
         return len(self.loss_P)
@@ -33,7 +40,8 @@ class Points:
         """The runs at these indices, or where a mask is true."""
         index = np.arange(len(self))[index]
         return Points(self.params_P[index], self.tokens_P[index], self.flops_P[index], self.loss_P[index],
-                      tuple(self.names[i] for i in index))
+                      tuple(self.names[i] for i in index), {name: a_P[index] for name, a_P in self.extra.items()},
+                      self.left_out)
 
     @property
     def flops_per_weight_token(self) -> float:
@@ -42,7 +50,8 @@ class Points:
 
 
 def make(params: Sequence[float], loss: Sequence[float], tokens: Sequence[float] | None = None,
-         flops: Sequence[float] | None = None, names: Sequence[str] | None = None) -> Points:
+         flops: Sequence[float] | None = None, names: Sequence[str] | None = None,
+         extra: Mapping[str, Sequence[float]] | None = None) -> Points:
     """Points from numbers; of tokens and FLOPs, the missing one follows from C = 6ND.
 
     Raises:
@@ -52,19 +61,45 @@ def make(params: Sequence[float], loss: Sequence[float], tokens: Sequence[float]
     columns |= {name: values for name, values in (("tokens", tokens), ("flops", flops)) if values is not None}
     if len(columns) == 2:
         raise InputError("points", "neither tokens nor FLOPs", "give one of the two")
+    columns |= extra or {}
     arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
     names = tuple(names) if names is not None else tuple(f"run {i}" for i in range(len(arrays["loss"])))
     for field, values_P in arrays.items():
         bad = np.flatnonzero(~(np.isfinite(values_P) & (values_P > 0)))
         if len(bad):
             shown = ", ".join(f"{names[i]} has {values_P[i]:g}" for i in bad[:3])
-            raise InputError(field, f"{len(bad)} of {len(values_P)} runs aren't positive and finite: {shown}",
-                             f"correct them, or leave them out: --exclude='{field}==nan' or --exclude='{field}<=0'")
+            raise InputError(field, f"{len(bad)} of {len(values_P)} runs aren't positive and finite: {shown}", "leave them out")
     if flops is None:
         arrays["flops"] = FLOPS_PER_WEIGHT_TOKEN * arrays["params"] * arrays["tokens"]
     if tokens is None:
         arrays["tokens"] = arrays["flops"] / (FLOPS_PER_WEIGHT_TOKEN * arrays["params"])
-    return Points(arrays["params"], arrays["tokens"], arrays["flops"], arrays["loss"], names)
+    return Points(arrays["params"], arrays["tokens"], arrays["flops"], arrays["loss"], names,
+                  {name: arrays[name] for name in EXTRA if name in arrays})
+
+
+def without_diverged(points: Points, above: float = 0.1) -> Points:
+    """The runs that didn't diverge; the others join `left_out`.
+
+    Needs no law: a run diverged if two others or more, each with no more parameters and no more tokens, ended with less than
+    1 / (1 + above) of its loss. Runs that repeat their data may overfit, which is no divergence: only unique tokens count.
+    """
+    tokens_P = points.extra["unique_tokens"] if "unique_tokens" in points.extra else points.tokens_P
+    no_larger = lambda a_P: a_P[None, :] <= a_P[:, None] * (1 + 1e-6)
+    better_PxP = no_larger(points.params_P) & no_larger(tokens_P) & no_larger(points.tokens_P)
+    better_PxP &= points.loss_P[None, :] * (1 + above) < points.loss_P[:, None]
+    bad_P = better_PxP.sum(1) > 1
+    reasons = []
+    for i in np.flatnonzero(bad_P):
+        best = np.flatnonzero(better_PxP[i])[points.loss_P[better_PxP[i]].argmin()]
+        reasons.append((points.names[i], f"diverged: its loss is {points.loss_P[i]:.4g}; {better_PxP[i].sum()} runs of no more "
+                        f"parameters and tokens end lower, {points.names[best]} at {points.loss_P[best]:.4g}"))
+    return dataclasses.replace(points.take(~bad_P), left_out=points.left_out + tuple(reasons))
+
+
+def rungs(points: Points) -> np.ndarray:
+    """Which rung each run is of, (P,) from 0: runs of the same parameters and tokens (and extras) differ by their seed."""
+    keys = [points.params_P, points.tokens_P, *(points.extra[name] for name in EXTRA if name in points.extra)]
+    return np.unique(np.round(np.log(np.stack(keys, 1)), 6), axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -84,20 +119,24 @@ def parse_columns(text: str) -> dict[str, str]:
 def read_csv(path: str, columns: Mapping[str, str], exclude: Sequence[str] = ()) -> tuple[Points, dict[str, int]]:
     """Points of a CSV with a head line, and how many rows each condition of `exclude` left out.
 
+    A row in which a value isn't positive and finite is left out, too, and named in `Points.left_out`.
+
     Args:
-      columns: field (params, tokens, flops, loss) -> the column's name; an empty one takes columns named like the fields.
+      columns: field of FIELDS -> the column's name; an empty one takes columns named like the fields.
       exclude: `COLUMN OP NUMBER`, a field or a column's own name, < <= > >= == !=; `==nan` is a value that isn't finite or is
         no number. A row counts for the first condition that it meets.
 
     Raises:
       InputError: a file that can't be read, a column that isn't there (lists those that are), a malformed condition, or a
-        value that isn't positive and finite in a row that is kept.
+        column of which most cells aren't positive numbers.
     """
     head, lines = _read(path)
     columns = dict(columns) or {field: field for field in FIELDS if field in head}
     for field, column in columns.items():
         if column not in head:
             raise InputError("--columns", f"{field}: {path} has no column {column!r}", f"it has {', '.join(head)}")
+        if head.count(column) > 1:
+            raise InputError("--columns", f"{field}: {path} has {head.count(column)} columns {column!r}", "rename one")
     for field in ("params", "loss"):
         if field not in columns:
             raise InputError("--columns", f"no column for {field}", f"name one: {field}=NAME; {path} has {', '.join(head)}")
@@ -113,12 +152,36 @@ def read_csv(path: str, columns: Mapping[str, str], exclude: Sequence[str] = ())
             kept.append((number, row))
         else:
             excluded[reason] += 1
+    if len(kept) > MOST_RUNS:
+        raise InputError("--csv", f"{path} has {len(kept)} rows", f"give one row a run, not every step; at most {MOST_RUNS}")
     if not kept:
         raise InputError("--csv", f"{path} leaves no rows to fit ({sum(excluded.values())} excluded)", "give one row a run")
-    values = {field: [_number(row[head.index(column)]) for _, row in kept] for field, column in columns.items()}
+    good, left_out = _readable(path, {field: head.index(column) for field, column in columns.items()}, head, kept)
+    values = {field: [_number(row[head.index(column)]) for _, row in good] for field, column in columns.items()}
     found = make(values["params"], values["loss"], values["tokens"] if "tokens" in values else None,
-                 values["flops"] if "flops" in values else None, [f"line {number}" for number, _ in kept])
-    return found, excluded
+                 values["flops"] if "flops" in values else None, [f"line {number}" for number, _ in good],
+                 {field: values[field] for field in EXTRA if field in values})
+    return dataclasses.replace(found, left_out=left_out), excluded
+
+
+def _readable(path: str, places: Mapping[str, int], head: Sequence[str], lines: Sequence[tuple[int, list[str]]]
+              ) -> tuple[list[tuple[int, list[str]]], tuple[tuple[str, str], ...]]:
+    """The lines whose values are positive and finite, and (line, why) of the others."""
+    good, left_out = [], []
+    for field, place in places.items():
+        bad = [(number, row[place]) for number, row in lines if not 0 < _number(row[place]) < math.inf]
+        if 2 * len(bad) > len(lines):
+            raise InputError("--columns", f"{field}: {len(bad)} of {len(lines)} rows of {path} have no positive number in "
+                             f"{head[place]!r}, e.g. {bad[0][1]!r} in line {bad[0][0]}",
+                             f"name another column, write plain numbers, or leave them out: --exclude='{field}==nan'")
+    for number, row in lines:
+        wrong = [f"{field} is {repr(row[place]) if row[place].strip() else 'empty'}" for field, place in places.items()
+                 if not 0 < _number(row[place]) < math.inf]
+        if wrong:
+            left_out.append((f"line {number}", ", ".join(wrong)))
+        else:
+            good.append((number, row))
+    return good, tuple(left_out)
 
 
 def _read(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -163,15 +226,20 @@ def _met(value: float, op: str, limit: float) -> bool:
 def budgets(points: Points, gap: float = 0.1, width: float = 0.25) -> list[np.ndarray]:
     """Indices of the runs of each budget, smallest first.
 
-    Runs sorted by FLOPs are cut where one step is above `gap` (in log FLOPs), and where a budget would be wider than `width`.
+    Runs sorted by FLOPs are cut where one step is above `gap` (in log FLOPs). What is still wider than `width` gives up its
+    densest window of that width, again and again: runs between two budgets don't cut a budget in the middle.
     """
     order_P = np.argsort(points.flops_P, kind="stable")
-    found: list[list[int]] = []
-    first = last = -np.inf
-    for i, log_flops in zip(order_P, np.log(points.flops_P[order_P])):
-        if log_flops - last > gap or log_flops - first > width:
-            found.append([])
-            first = log_flops
-        found[-1].append(i)
-        last = log_flops
-    return [np.array(index) for index in found]
+    log_flops_P = np.log(points.flops_P[order_P])
+    found, waiting = [], np.split(np.arange(len(points)), np.flatnonzero(np.diff(log_flops_P) > gap) + 1)
+    while waiting:
+        chain = waiting.pop()
+        x = log_flops_P[chain]
+        if len(chain) and x[-1] - x[0] > width:
+            end = np.searchsorted(x, x + width, side="right")
+            begin = int((end - np.arange(len(x))).argmax())
+            waiting += [chain[:begin], chain[end[begin]:]]
+            chain = chain[begin:end[begin]]
+        if len(chain):
+            found.append(order_P[chain])
+    return sorted(found, key=lambda index: points.flops_P[index].min())

@@ -11,9 +11,15 @@ Figure = dict[str, float]  # {"value", "low", "high"}
 MOST = 1e300  # what JSON can hold
 
 
-def resamples(points: int, count: int, seed: int = 0) -> np.ndarray:
-    """How often each of `points` runs is drawn in each of `count` bootstrap resamples: (R, P), rows sum to P."""
-    return np.random.default_rng(seed).multinomial(points, np.full(points, 1 / points), count)
+def resamples(points: int, count: int, seed: int = 0, rung_P: np.ndarray | None = None) -> np.ndarray:
+    """How often each of `points` runs counts in each of `count` bootstrap resamples: (R, P).
+
+    Runs of one rung (`rung_P`: the seeds of one size and token count) are drawn together: they share the law's error there, so
+    they aren't independent. Without, every run is a rung, and rows sum to P.
+    """
+    rung_P = np.arange(points) if rung_P is None else rung_P
+    rungs = int(rung_P.max()) + 1
+    return np.random.default_rng(seed).multinomial(rungs, np.full(rungs, 1 / rungs), count)[:, rung_P]
 
 
 def interval(values_S: np.ndarray, confidence: float = 0.95) -> Figure:

@@ -18,7 +18,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 def runs(tmp_path_factory):
     points, path = ladder(0.003), tmp_path_factory.mktemp("laws") / "runs.csv"
     rows = [f"{n},{c},{loss}\n" for n, c, loss in zip(points.params_P, points.flops_P, points.loss_P)]
-    path.write_text("Model Size,Training FLOP,final loss\n" + "".join(rows) + "1e6,1e14,nan\n1e6,1e14,7.5\n")
+    path.write_text("Model Size,Training FLOP,final loss\n" + "".join(rows) + "1e6,1e14,nan\n1e6,1e14,7.5\n1e6,,3.5\n")
     return path
 
 
@@ -37,7 +37,8 @@ def test_fit_prints_one_json_object(runs):
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert {"A", "B", "E", "alpha", "beta", "a_opt", "b_opt"} <= set(answer["parameters"])
-    assert answer["points"] + answer["excluded"] == 82 and answer["excluded_by"]["loss==nan"] == 1
+    assert answer["points"] + answer["excluded"] == 83 and answer["excluded_by"]["loss==nan"] == 1
+    assert answer["left_out"] == [{"run": "line 84", "reason": "flops is empty"}]
     assert answer["approach"] == "3" and answer["n_used"] == "the column 'Model Size'" and answer["seconds"] > 0
     assert answer["parameters"]["alpha"]["low"] < 0.34 < answer["parameters"]["alpha"]["high"]
 

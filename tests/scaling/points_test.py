@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from research.errors import InputError
-from research.scaling.points import budgets, make, parse_columns, read_csv
+from research.scaling.points import budgets, make, parse_columns, read_csv, rungs, without_diverged
+from tests.scaling.laws_test import ladder
 
 HEAD = "Model Size,Training FLOP,loss,kind\n"
 ROWS = "1e6,1.2e14,4.0,a\n2e6,4.8e14,3.5,b\n\n4e6,1.92e15,5.0,c\n"
@@ -44,12 +45,53 @@ def test_a_row_counts_for_its_first_condition(tmp_path):
     assert read_csv(written(tmp_path, HEAD + ROWS), COLUMNS, ["loss>3.9", "params>3e6"])[1] == {"loss>3.9": 2, "params>3e6": 0}
 
 
-def test_a_diverged_run_can_be_left_out_by_name(tmp_path):
-    path = written(tmp_path, HEAD + ROWS + "8e6,1e16,nan,d\n")
-    with pytest.raises(InputError, match="loss: 1 of 4 runs aren't positive and finite: line 6 has nan;.*'loss==nan'"):
-        read_csv(path, COLUMNS)
-    points, excluded = read_csv(path, COLUMNS, ["loss==nan"])
-    assert len(points) == 3 and excluded == {"loss==nan": 1}
+def test_rows_without_positive_numbers_are_left_out_by_name(tmp_path):
+    path = written(tmp_path, HEAD + ROWS + "8e6,1e16,nan,d\n8e6,,3,e\n-1,1e16,inf,f\n")
+    points, excluded = read_csv(path, COLUMNS)
+    assert len(points) == 3 and excluded == {}
+    assert points.left_out == (("line 6", "loss is 'nan'"), ("line 7", "flops is empty"),
+                               ("line 8", "params is '-1', loss is 'inf'"))
+    assert read_csv(path, COLUMNS, ["loss==nan"])[0].left_out == (("line 7", "flops is empty"),)
+    assert points.take(np.array([0])).left_out == points.left_out
+
+
+def test_further_columns_are_carried(tmp_path):
+    path = written(tmp_path, HEAD.replace("kind", "Bits") + ROWS.replace("a", "4").replace("b", "8").replace("c", "16"))
+    points, _ = read_csv(path, COLUMNS | {"bits": "Bits"})
+    np.testing.assert_array_equal(points.extra["bits"], [4, 8, 16])
+    np.testing.assert_array_equal(points.take(points.loss_P > 3.9).extra["bits"], [4, 16])
+    assert parse_columns("params=N,bits=b,unique_tokens=U,loss=L")["unique_tokens"] == "U"
+
+
+def test_a_diverged_run_is_left_out_and_named():
+    points = ladder(0.01)
+    spoilt = make(points.params_P, np.where(np.arange(80) == 77, 6.0, points.loss_P), flops=points.flops_P)
+    found = without_diverged(spoilt)
+    assert len(found) == 79 and "run 77" not in found.names
+    (run, reason), = found.left_out
+    assert run == "run 77" and reason.startswith("diverged: its loss is 6; ") and " end lower, run " in reason
+    assert without_diverged(points).names == points.names
+
+
+def test_one_run_that_is_too_good_makes_no_other_diverge():
+    points = ladder()
+    lucky = make(points.params_P, np.where(np.arange(80) == 0, 1.0, points.loss_P), flops=points.flops_P)
+    assert without_diverged(lucky).left_out == ()
+
+
+def test_overfitting_on_repeated_data_is_no_divergence():
+    """Ten times the parameters and epochs of the same tokens end 20% higher than those that saw them once."""
+    n_P, d_P = np.array([1e7, 1e7, 2e7, 1e8]), np.array([1e8, 1e8, 1e8, 1e9])
+    loss_P = np.array([4.0, 4.01, 3.9, 4.8])
+    assert len(without_diverged(make(n_P, loss_P, tokens=d_P, extra={"unique_tokens": [1e8, 1e8, 1e8, 9e7]}))) == 4
+    assert len(without_diverged(make(n_P, loss_P, tokens=d_P))) == 3
+
+
+def test_seeds_are_one_rung():
+    points = make([1e6, 1e6, 1e6, 2e6], [4.0, 4.1, 3.9, 3.8], tokens=[1e7, 1e7, 2e7, 1e7])
+    assert rungs(points)[0] == rungs(points)[1] and len(set(rungs(points))) == 3
+    at_bits = make([1e6] * 2, [4.0, 4.1], tokens=[1e7] * 2, extra={"bits": [4.0, 8.0]})
+    assert len(set(rungs(at_bits))) == 2
 
 
 @pytest.mark.parametrize("text, columns, exclude, message", [
@@ -62,9 +104,11 @@ def test_a_diverged_run_can_be_left_out_by_name(tmp_path):
     (HEAD + ROWS, COLUMNS, ["loss>nan"], "is not COLUMN OP NUMBER"),
     (HEAD + ROWS, COLUMNS, ["__import__('os').system('true')>1"], "--exclude: no column"),
     (HEAD + ROWS, COLUMNS, ["lss>4"], "--exclude: no column 'lss'; the file has Model Size"),
-    (HEAD + "1e6,-1,4,a\n", COLUMNS, [], "flops: 1 of 1 runs aren't positive and finite: line 2 has -1"),
-    (HEAD + "1e6,x,4,a\n", COLUMNS, [], "flops: 1 of 1 runs aren't positive and finite: line 2 has nan"),
+    (HEAD + "1e6,-1,4,a\n", COLUMNS, [], "flops: 1 of 1 rows of .* no positive number in 'Training FLOP', e.g. '-1' in line 2"),
+    (HEAD + ROWS.replace("1e6", "1M").replace("2e6", "2M"), COLUMNS, [], "params: 2 of 3 rows .* '1M' in line 2; name another"),
     (HEAD + "1e6,4\n", COLUMNS, [], "line 2 of .* has 2 cells, the head 4"),
+    (HEAD.replace("kind", "loss") + ROWS, COLUMNS, [], "loss: .* has 2 columns 'loss'; rename one"),
+    (HEAD + "1e6,1.2e14,4.0,a\n" * 20_001, COLUMNS, [], "has 20001 rows; give one row a run"),
     (HEAD, COLUMNS, [], "leaves no rows to fit"),
     ("", COLUMNS, [], "has no column 'Model Size'"),
 ])
@@ -95,3 +139,13 @@ def test_budgets_are_cut_at_gaps():
 def test_runs_at_any_compute_make_no_wide_budget():
     found = budgets(make(np.ones(100), np.ones(100), flops=np.geomspace(1e18, 1e19, 100)))
     assert len(found) == 10 and np.concatenate(found).tolist() == list(range(100))
+
+
+def test_scattered_budgets_with_strays_between_them_stay_whole():
+    """9 runs within 3% of each of 2 budgets, and a chain of strays around them: windows cut from its left would cut both."""
+    near = np.linspace(-0.03, 0.03, 9)
+    strays = [0.76, 0.84, 0.92, 1.08, 1.16, 1.25, 1.34, 1.42, 1.58, 1.66]
+    found = budgets(make(np.ones(28), np.ones(28), flops=np.exp(np.concatenate([1 + near, 1.5 + near, strays]))))
+    assert sorted(np.concatenate(found)) == list(range(28))
+    for b in range(2):
+        assert any(set(range(9 * b, 9 * b + 9)) <= set(index) for index in found)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from research.errors import InputError
-from research.scaling.analysis import analyse
+from research.scaling.analysis import analyse, crossing
+from research.scaling.laws import LAWS, Fitted
 from research.scaling.points import make
 from research.scaling.uncertainty import interval, outliers, predictive, resamples
 from tests.scaling.laws_test import chinchilla, ladder, parabolas
@@ -16,6 +17,12 @@ def test_resamples_hold_as_many_runs_and_are_decided_by_the_seed():
     counts = resamples(7, 50, seed=3)
     assert counts.shape == (50, 7) and (counts.sum(1) == 7).all() and (counts == resamples(7, 50, seed=3)).all()
     assert (counts != resamples(7, 50, seed=4)).any()
+
+
+def test_a_rungs_seeds_are_drawn_together():
+    counts = resamples(5, 40, seed=1, rung_P=np.array([0, 1, 0, 2, 1]))
+    assert (counts[:, 0] == counts[:, 2]).all() and (counts[:, 1] == counts[:, 4]).all()
+    assert (counts[:, [0, 1, 3]].sum(1) == 3).all()
 
 
 def test_an_interval_is_the_percentiles_of_the_resamples():
@@ -93,3 +100,65 @@ def test_approach_2_without_enough_budgets_for_a_loss_says_so():
 def test_bad_options_are_one_line(options, message):
     with pytest.raises(InputError, match=message):
         analyse(ladder(), **({"approach": "3"} | options))
+
+
+def test_left_out_runs_are_said_and_perplexities_are_suspected():
+    points = ladder(0.003)
+    losses_P = np.where(np.arange(80) == 75, 9.0, points.loss_P)
+    answer = analyse(make(points.params_P, losses_P, flops=points.flops_P), "3", bootstrap=20)
+    assert [found["run"] for found in answer["left_out"]] == ["run 75"] and answer["points"] == answer["rungs"] == 79
+    assert analyse(points, "3", bootstrap=20)["notes"] == []
+    notes = analyse(make(points.params_P, np.exp(1 + points.loss_P), flops=points.flops_P), "3", bootstrap=20)["notes"]
+    assert any("perplexities?" in note for note in notes)
+
+
+def test_losses_that_do_not_fall_with_size_are_said_to_decide_nothing():
+    """The loss depends on the tokens alone: whatever A and alpha come out, they mean nothing."""
+    points = ladder()
+    noise_P = np.exp(0.003 * np.random.default_rng(0).standard_normal(80))
+    points = make(points.params_P, (1.7 + 400 / points.tokens_P**0.28) * noise_P, flops=points.flops_P)
+    answer = analyse(points, "3", bootstrap=20)
+    assert [note.split(":")[1][:9] for note in answer["notes"]] == [" A, alpha"]
+
+
+def family(name: str, e: float, k: float, noise: float = 0.002, seed: int = 0):
+    """A fit of approach 2 on a family with the optimum's loss e + k / C^0.15."""
+    base = parabolas()
+    loss_P = (base.loss_P - 1.7 - 1000 / base.flops_P**0.15 + e + k / base.flops_P**0.15)
+    noisy_P = loss_P * np.exp(noise * np.random.default_rng(seed).standard_normal(42))
+    return name, LAWS["2"], LAWS["2"].fit(make(base.params_P, noisy_P, flops=base.flops_P), 200, 0)
+
+
+def test_two_families_cross_where_their_laws_do():
+    """1.7 + 1000/C^0.15 and 1.8 + 934.1/C^0.15: equal at C = (65.9/0.1)^(1/0.15)."""
+    truth = (65.9 / 0.1) ** (1 / 0.15)
+    found = crossing(family("small", 1.8, 1000 - 65.9, seed=1), family("large", 1.7, 1000, seed=2), 1e17, 1e21)
+    assert found["crossing"]["low"] < truth < found["crossing"]["high"]
+    first, last = found["at"][0], found["at"][-1]
+    assert (first["flops"], last["flops"]) == pytest.approx((1e17, 1e21))
+    assert last["prefers"] == "large" and last["difference"]["low"] > 0 and last["first_share"] < 0.03
+    assert first["difference"]["value"] < 0 and first["first_share"] > 0.5
+
+
+def test_families_that_do_not_cross():
+    better, worse = family("a", 1.7, 1000, seed=1), family("b", 1.9, 1000, seed=2)
+    found = crossing(better, worse, 1e18, 1e21)
+    assert found["crossing"] is None and found["crossing_share"] < 0.2 and found["at"][4]["prefers"] == "a"
+    same = crossing(family("a", 1.7, 1000, seed=1), family("b", 1.7, 1000, seed=2), 1e18, 1e21)
+    assert all(row["prefers"] is None for row in same["at"])
+    with pytest.raises(InputError, match="no range"):
+        crossing(better, worse, 1e21, 1e18)
+
+
+@pytest.mark.parametrize("e, k, end", [(1.6, 1000.0, 1e300), (1.9, 1000.0, 0.0)])
+def test_resamples_that_do_not_cross_count_as_beyond_the_end_where_they_would(e, k, end):
+    """The first is better at small budgets. Where it always is, a resample crosses later; where it never is, earlier."""
+    def of(name, e_T, k_T):
+        found = {"G": 1.0, "a_opt": 0.5, "H": 1.0, "b_opt": 0.5, "gamma": 0.15}
+        parameters = {key: np.full(21, value) for key, value in found.items()} | {"E": np.array(e_T), "K": np.array(k_T)}
+        return name, LAWS["2"], Fitted(parameters, np.zeros(9), ("",) * 9, 3)
+
+    first = of("a", [1.8] + [e] * 20, [1000 - 65.9] + [k] * 20)
+    found = crossing(first, of("b", [1.7] * 21, [1000.0] * 21), 1e17, 1e21)
+    assert found["crossing"]["value"] == pytest.approx((65.9 / 0.1) ** (1 / 0.15), rel=0.01)
+    assert found["crossing"]["low"] == found["crossing"]["high"] == end and found["crossing_share"] == 0
