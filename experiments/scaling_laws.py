@@ -1,18 +1,26 @@
-"""Scaling laws from finished runs: fit.
+"""Scaling laws: a ladder of small runs, the law they follow, what it says of a large one, and whether that held.
 
+    python -m experiments.scaling_laws plan|run --workdir=DIR [--family=transformer|mamba2] [--minutes=25] [--jobs=1] \
+        [--data='GLOB'] [--dims=32,48,64] [--budgets=1e11,3e11,1e12] [--ratios=1.5,250] [--set KEY=VALUE]... [--json]
     python -m experiments.scaling_laws fit --csv=FILE --columns=params=NAME,flops=NAME,loss=NAME \
         --approach=1|2|3|kaplan [--exclude='loss>4.5'] [--bootstrap=1000] [--budget=1e21] [--seed=0] [--json]
 
+plan says what would run and what it costs here (WORKDIR/plan.json), run does it (resumable) and writes WORKDIR/ladder.csv.
 Each figure has a 95% interval; what was excluded is counted, what doesn't fit is named.
 """
 
+import os
 import time
 
+import numpy as np
 from absl import flags
 
-from experiments import command_line
+from configs.ladder import FAMILIES
+from experiments import command_line, ladder
+from research.config import parse_assignments
 from research.errors import InputError
 from research.scaling.analysis import analyse
+from research.scaling.ladder import TOKENS_PER_PARAM
 from research.scaling.points import parse_columns, read_csv
 
 command_line.define_json_flag()
@@ -22,7 +30,17 @@ flags.DEFINE_string("approach", "3", "1 (envelope), 2 (isoFLOP parabolas), 3 (pa
 flags.DEFINE_multi_string("exclude", [], "'COLUMN OP NUMBER': rows to leave out, e.g. 'loss>4.5' or 'loss==nan'. Repeatable.")
 flags.DEFINE_integer("bootstrap", 1000, "Resamples that the intervals come from.")
 flags.DEFINE_float("budget", None, "FLOPs: also give the best N and D there, and the loss of a run with these.")
-flags.DEFINE_integer("seed", 0, "Seed of the resamples.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of the ladder's runs, and of the resamples.", lower_bound=0)
+flags.DEFINE_string("workdir", None, "Directory of the ladder: its plan, runs and CSV file.")
+flags.DEFINE_enum("family", "transformer", sorted(FAMILIES), "Whose ladder.")
+flags.DEFINE_string("data", None, "A glob of text files in place of the source code that every machine has.")
+flags.DEFINE_list("dims", [], "Widths; the family's if not given.")
+flags.DEFINE_list("budgets", [], "IsoFLOP budgets in FLOPs; the family's if not given.")
+flags.DEFINE_list("ratios", list(map(str, TOKENS_PER_PARAM)), "A budget takes the sizes whose tokens a parameter lie between these.")
+flags.DEFINE_multi_string("set", [], "KEY=VALUE, overrides one field of all runs. Repeatable.")
+flags.DEFINE_boolean("measure", True, "Time steps for the plan; else a share of the matmul peak.")
+flags.DEFINE_float("minutes", None, "Stop cleanly after so long (exit code 75); the next call goes on.", lower_bound=0.0)
+flags.DEFINE_integer("jobs", 1, "Local processes at once.", lower_bound=1)
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
@@ -68,7 +86,62 @@ def _figures(figure: dict) -> tuple[str, str, str]:
     return tuple(f"{figure[key]:.5g}" for key in ("value", "low", "high"))
 
 
-VERBS = {"fit": fit}
+def numbers(name: str, kind: type) -> list:
+    """The values of a list flag."""
+    try:
+        return [kind(float(text)) for text in FLAGS[name].value]
+    except ValueError:
+        raise InputError(f"--{name}", f"{','.join(FLAGS[name].value)!r} isn't a list of numbers", "e.g. 1,2,3") from None
+
+
+def plan() -> dict:
+    """The ladder that the flags describe: what would run, and what it costs here."""
+    ratios = numbers("ratios", float)
+    if len(ratios) != 2 or not 0 < ratios[0] < ratios[1]:
+        raise InputError("--ratios", f"{','.join(FLAGS.ratios)!r} isn't LOW,HIGH", "e.g. --ratios=1.5,250")
+    return ladder.make_plan(_workdir(), FLAGS.family, FLAGS.data, numbers("dims", int), numbers("budgets", float),
+                            (ratios[0], ratios[1]), FLAGS.seed, parse_assignments(FLAGS.set), FLAGS.measure)
+
+
+def show_plan(answer: dict) -> None:
+    rows = [("run", "params", "tokens", "FLOPs", "trained here", "seconds")]
+    for row in answer["trunks"] + answer["rungs"]:
+        rows.append((row["cell"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}",
+                     f"{row['trained_flops']:.3g} FLOPs", f"{row['seconds']:.0f}"))
+    command_line.print_table(rows)
+    every = answer["trunks"] + answer["rungs"]
+    budgets = [row["flops"] for row in answer["rungs"]]
+    print(f"{len(answer['rungs'])} runs from {len(answer['trunks'])} trunks, {np.log10(max(budgets) / min(budgets)):.2f} decades of "
+          f"compute, {sum(row['trained_flops'] for row in every):.3g} FLOPs, about "
+          f"{sum(row['seconds'] for row in every) / 60:.0f} minutes ({answer['seconds_from']}, and "
+          f"{answer['startup_seconds']:.0f} s a run to start, evaluate and save)")
+
+
+def run() -> dict:
+    """Runs what isn't finished of WORKDIR's plan, which it makes where there is none."""
+    found = ladder.read_plan(_workdir()) or plan()
+    if found["family"] != FLAGS.family and FLAGS["family"].present:
+        raise InputError("--family", f"{FLAGS.workdir} holds a ladder of {found['family']}", "choose another --workdir")
+    failed = ladder.run(FLAGS.workdir, found, FLAGS.jobs, FLAGS.minutes)
+    return {"rungs": ladder.collect(FLAGS.workdir, found), "failed": failed,
+            "csv": os.path.join(FLAGS.workdir, ladder.CSV_FILE)}
+
+
+def show_run(answer: dict) -> None:
+    rows = [("run", "params", "tokens", "FLOPs", "held-out loss")]
+    rows += [(row["run"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}",
+              "diverged" if row["diverged"] else f"{row['loss']:.4f} +- {row['loss_se']:.4f}") for row in answer["rungs"]]
+    command_line.print_table(rows)
+    print(answer["csv"] + (f"; failed: {', '.join(answer['failed'])}" if answer["failed"] else ""))
+
+
+def _workdir() -> str:
+    if not FLAGS.workdir:
+        raise InputError("--workdir", "is missing", "name a directory for the ladder")
+    return FLAGS.workdir
+
+
+VERBS = {"plan": (plan, show_plan), "run": (run, show_run), "fit": (fit, show)}
 
 
 def main(argv: list[str]) -> None:
@@ -76,11 +149,12 @@ def main(argv: list[str]) -> None:
     if verb not in VERBS or len(argv) > 2:
         problem = f"unexpected {argv[2]!r}" if verb in VERBS else f"unknown {verb!r}" if verb else "is missing"
         raise InputError("verb", problem, f"choose from: {', '.join(VERBS)}" if verb not in VERBS else "give flags with --")
-    answer = VERBS[verb]()
+    compute, tell = VERBS[verb]
+    answer = compute()
     if FLAGS.json:
         command_line.print_json(answer)
     else:
-        show(answer)
+        tell(answer)
 
 
 if __name__ == "__main__":

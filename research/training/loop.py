@@ -244,7 +244,7 @@ def _profile(session: Session, done: int) -> Iterator[None]:
 
 def _save_due(config: Config, number: int, saved_at: float) -> bool:
     every, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
-    return bool(every and number % every == 0) or bool(minutes and time.monotonic() - saved_at > 60 * minutes)
+    return number in config.checkpoint.keep_at or bool(every and number % every == 0) or bool(minutes and time.monotonic() - saved_at > 60 * minutes)
 
 
 def _report(session: Session, speed: Speed, number: int, values: Mapping[str, float]) -> None:
