@@ -1,7 +1,7 @@
 """The ladder's models: bytes of source code, one recipe for every size, so that size and tokens are all that differs.
 
-Width decides the rest: heads of 16, a depth of width / 24 (at least 2), the MLP 8/3 of the width; AdamW's learning rate is BASE_LR
-* BASE_DIM / width for hidden and output weights and BASE_LR for those that read one token or no matrix (the muP rule of
+Width decides the rest: heads of 16, a depth of width / 24 (at least 2), the MLP 8/3 of the width; AdamW's learning rate is
+BASE_LR * BASE_DIM / width for hidden and output weights and BASE_LR for those that read one token or no matrix (the muP rule of
 Yang et al. 2022, table 8, without its change of the output's initial scale). Warm-up, stable, then a fifth of decay to zero,
 so that one trunk serves many token counts (Hu et al. 2024, section 4).
 """
@@ -12,7 +12,17 @@ from typing import Callable
 from research.models.attention import Attention
 from research.models.mamba2 import Mamba2
 from research.models.mlp import GatedMlp
-from research.schema import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig, Validation
+from research.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Source,
+    Stage,
+    TrainConfig,
+    Validation,
+)
 
 HEAD_DIM = 16
 BASE_DIM, BASE_LR = 64, 6e-3
@@ -28,11 +38,12 @@ def _ladder(name: str, stage: Stage) -> Config:
 
 
 def ladder_transformer() -> Config:
-    return _ladder("ladder_transformer", Stage((Attention(heads=BASE_DIM // HEAD_DIM), GatedMlp(hidden=8 * (BASE_DIM // 3))), 2))
+    mixers = Attention(heads=BASE_DIM // HEAD_DIM), GatedMlp(hidden=8 * (BASE_DIM // 3))
+    return _ladder("ladder_transformer", Stage(mixers, 3))
 
 
 def ladder_mamba2() -> Config:
-    return _ladder("ladder_mamba2", Stage((Mamba2(head_dim=HEAD_DIM, state=16, chunk=32),), 4))
+    return _ladder("ladder_mamba2", Stage((Mamba2(head_dim=HEAD_DIM, state=16, chunk=32),), 6))
 
 
 def _shared(dim: int) -> dict[str, int | float]:

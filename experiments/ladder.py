@@ -1,6 +1,9 @@
 """The ladder's runs on this machine: what they would cost, and running them: one trunk a size, a branch a budget."""
 
+import csv
+import dataclasses
 import json
+import math
 import os
 import statistics
 import time
@@ -10,21 +13,26 @@ import jax
 import numpy as np
 
 from configs import preset
-from configs.ladder import FAMILIES
+from configs.ladder import FAMILIES, HEAD_DIM
 from experiments.cells import run_cells, status
 from research import hardware
 from research.config import nearest, override
 from research.errors import InputError
-from research.scaling.ladder import Rung, Size, grid, write_csv
+from research.scaling.analysis import analyse
+from research.scaling.ladder import Rung, Size, backtests, forecast, grid, rung_at, widening, write_csv
+from research.scaling.laws import LAWS
+from research.scaling.points import Points, make, read_csv
+from research.scaling.prediction import config_sha256, score, stored_prediction
 from research.schema import COMPILED, LEDGER_PREFIX, RESULT_FILE, Config
 from research.training.loop import put_batch
 from research.training.program import BATCH_FIELDS, Program, make_program
 from research.training.state import init_state
-from research.training.workdir import read_rows
+from research.training.workdir import read_config, read_rows
 
 PLAN_FILE, CSV_FILE = "plan.json", "ladder.csv"
 STARTUP_SECONDS = 15.0  # a run's imports, compilation, evaluation and saves on two cores
 UTILIZATION = 0.3  # of the matmul peak, where steps aren't measured
+LARGEST_DIM = 1024  # of a target that the law chooses
 Row = dict[str, Any]
 
 
@@ -68,8 +76,8 @@ def size_of(preset_name: str, dim: int, overrides: Mapping[str, Any], peak: floa
     counts = program.model.param_counts()
     cost = program.flops_per_token * program.tokens_per_step
     seconds = cost / (UTILIZATION * peak) if peak else step_seconds(program)
-    return Size(dim, dict(overrides), counts["total"], counts["non_embedding"], program.flops_per_token, program.tokens_per_step,
-                seconds)
+    return Size(dim, dict(overrides), counts["total"], counts["non_embedding"], program.flops_per_token,
+                program.tokens_per_step, seconds)
 
 
 def step_seconds(program: Program, seconds: float = 1.0) -> float:
@@ -79,8 +87,8 @@ def step_seconds(program: Program, seconds: float = 1.0) -> float:
     shape = next(iter(program.abstract_batch().values())).shape
     tokens = np.random.default_rng(0).integers(0, program.config.model.vocab_size, shape)
     values = {"tokens_BxL": tokens, "targets_BxL": tokens, "positions_BxL": np.broadcast_to(np.arange(shape[-1]), shape)}
-    batch = {name: np.asarray(values[name] if name in values else np.ones(shape), dtype) for name, dtype in BATCH_FIELDS.items()}
-    batch = put_batch(batch, program.layout.batch())
+    values |= {"weights_BxL": np.ones(shape), "segment_ids_BxL": np.ones(shape)}
+    batch = put_batch({name: np.asarray(values[name], dtype) for name, dtype in BATCH_FIELDS.items()}, program.layout.batch())
     times: list[float] = []
     while len(times) < 5 or sum(times[2:]) < seconds:
         began = time.perf_counter()
@@ -107,10 +115,10 @@ def cells(workdir: str, rungs: Sequence[Rung]) -> dict[str, list[Row]]:
 
 
 def _row(workdir: str, cell: str, rung: Rung, changes: Mapping[str, Any], steps: int) -> Row:
-    size = rung.size
+    size, trained = rung.size, steps * rung.size.tokens_per_step
     return {"cell": cell, "workdir": os.path.join(workdir, cell), "overrides": {**size.overrides, **changes}, "dim": size.dim,
             "params": size.params, "non_embedding": size.non_embedding, "tokens": rung.tokens, "flops": rung.flops,
-            "trained_tokens": steps * size.tokens_per_step, "trained_flops": steps * size.tokens_per_step * size.flops_per_token,
+            "trained_tokens": trained, "trained_flops": trained * size.flops_per_token,
             "seconds": steps * size.step_seconds + STARTUP_SECONDS}
 
 
@@ -166,12 +174,99 @@ def collect(workdir: str, plan: Mapping[str, Any]) -> list[Row]:
         lost = diverged(row["workdir"]) or (trunk is not None and diverged(trunk))
         if status(row["workdir"]) != "finished" and not lost:
             continue
-        result = {"final_eval_loss": None, "final_eval_loss_se": None}
+        loss = se = None
         if not lost:
             with open(os.path.join(row["workdir"], RESULT_FILE)) as file:
                 result = json.load(file)
-        loss, se = (float("nan") if result[name] is None else result[name] for name in ("final_eval_loss", "final_eval_loss_se"))
-        found.append({**{name: row[name] for name in ("params", "non_embedding", "tokens", "flops")}, "loss": loss, "loss_se": se,
-                      "seed": plan["seed"], "run": row["cell"], "diverged": int(lost)})
+            loss, se = result["final_eval_loss"], result["final_eval_loss_se"]
+        found.append({**{name: row[name] for name in ("params", "non_embedding", "tokens", "flops")}, "loss": loss,
+                      "loss_se": se, "seed": plan["seed"], "run": row["cell"], "diverged": int(loss is None)})
     write_csv(os.path.join(workdir, CSV_FILE), found)
     return found
+
+
+def ladder_points(path: str, columns: Mapping[str, str], exclude: Sequence[str]) -> tuple[Points, dict[str, int], list[str]]:
+    """The runs of a ladder's CSV, by their names: (points, how many each condition of `exclude` left out, diverged runs).
+
+    Diverged runs are left out and named. Any other CSV is read as `read_csv` does.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        rows = []  # read_csv says what is wrong
+    ours = bool(rows) and {"run", "diverged"} <= set(rows[0])
+    points, excluded = read_csv(path, columns, [*(["diverged==1"] if ours else []), *exclude])
+    if not ours:
+        return points, excluded, []
+    lost = [row["run"] for row in rows if row["diverged"] == "1"]
+    names = tuple(rows[int(name.removeprefix("line ")) - 2]["run"] for name in points.names)
+    del excluded["diverged==1"]
+    return dataclasses.replace(points, names=names), excluded, lost
+
+
+def target_of(plan: Mapping[str, Any], flops: float, params: float, n_used: str, dim: int | None) -> tuple[Rung, Config]:
+    """The run of `flops` whose size, counted as `n_used`, is nearest to `params` (or of width `dim`), by the ladder's rules."""
+    family, shared = FAMILIES[plan["family"]], plan["shared"]
+    at = lambda width: size_of(family.preset, width, {**shared, **family.size(width)}, 1.0)
+    if dim is None:
+        size = smaller = at(HEAD_DIM)
+        while getattr(size, n_used) < params and size.dim < LARGEST_DIM:
+            smaller, size = size, at(size.dim + HEAD_DIM)
+        size = min((smaller, size), key=lambda found: abs(math.log(getattr(found, n_used) / params)))
+    else:
+        size = at(dim)
+    rung = rung_at(size, flops)
+    return rung, override(preset(family.preset), target_overrides(rung))
+
+
+def target_overrides(rung: Rung) -> dict[str, Any]:
+    return {**rung.size.overrides, "train.steps": rung.steps, "optim.decay_steps": rung.decay_steps}
+
+
+def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float, dim: int | None, n_used: str, bootstrap: int,
+            seed: int) -> Row:
+    """What the law of `points` says of a run of `flops` FLOPs, to be sealed.
+
+    Its interval is that of one new run, widened until the backtests' errors are as their intervals say (`widening`).
+    """
+    law = LAWS[approach]
+    found = analyse(points, approach, bootstrap=bootstrap, seed=seed, budget=flops)
+    tests = backtests(points, approach, bootstrap, seed)
+    widen = widening(tests)
+    rung, config = target_of(plan, flops, found["optimum"]["N_opt"]["value"], n_used, dim)
+    size = rung.size
+    target = make([getattr(size, n_used)], [1.0], [rung.tokens], [rung.flops])
+    band, = forecast(points, approach, target, bootstrap, seed, widen)
+    columns = (values_P.tolist() for values_P in (points.params_P, points.tokens_P, points.flops_P, points.loss_P))
+    runs = [dict(zip(("run", n_used, "tokens", "flops", "loss"), row)) for row in zip(points.names, *columns)]
+    return {**band, "law": law.formula, "approach": approach, "n_used": n_used, "parameters": found["parameters"],
+                 "residual_rms": found["residual_rms"], "bootstrap": bootstrap, "bootstrap_seed": seed, "widened": widen,
+                 "backtests": counted(tests), "optimum": found["optimum"], "notes": found["notes"], "runs": runs,
+                 "target": {"preset": plan["preset"], "overrides": target_overrides(rung), "params": size.params,
+                            "non_embedding": size.non_embedding, "tokens": rung.tokens, "flops": rung.flops,
+                            "times": rung.flops / float(points.flops_P.max()), "config_sha256": config_sha256(config)}}
+
+
+def counted(tests: Sequence[Mapping[str, Any]]) -> Row:
+    """How many of the backtests' intervals held, and their errors, for the next budget and for all later ones."""
+    told = {}
+    for name, rows in (("next", [row for row in tests if row["next"]]), ("later", tests)):
+        errors = [abs(row["relative_error"]) for row in rows]
+        told[name] = {"runs": len(rows), "covered": sum(row["covered"] for row in rows),
+                      "mean_absolute_error": sum(errors) / len(errors) if errors else None, "worst": max(errors, default=None)}
+    return told
+
+
+def scores(runs: Sequence[str]) -> list[Row]:
+    """A row a finished run with a prediction: what was predicted, what came, the error, whether the interval covered it."""
+    rows = []
+    for run_directory in runs:
+        prediction = stored_prediction(run_directory)
+        if prediction is None or status(run_directory) != "finished":
+            continue
+        with open(os.path.join(run_directory, RESULT_FILE)) as file:
+            result = json.load(file)
+        rows.append({"run": run_directory, "seed": read_config(run_directory).seed, "flops": result["flops"],
+                     "observed_se": result["final_eval_loss_se"], **score(prediction, result["final_eval_loss"])})
+    return rows

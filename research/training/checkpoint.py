@@ -39,8 +39,8 @@ def describe_arrays(params: Any) -> dict[str, list]:
 
 
 def steps_to_delete(steps: Sequence[int], good: Callable[[int], bool], config: CheckpointConfig, average: int) -> list[int]:
-    """The steps that `config` doesn't keep: older than the `keep_last` newest **good** ones, no multiple of `keep_every`, none
-    of `keep_at` or of the last `average` that are due (averaging.py). While fewer than `keep_last` are good, none is deleted."""
+    """The steps that `config` doesn't keep: older than the `keep_last` newest **good** ones, no multiple of `keep_every`, not
+    in `keep_at`, none of the last `average` that are due (averaging.py). While fewer than `keep_last` are good, none is."""
     kept = set(config.keep_at) | set(averaged_steps(steps, config.every_steps, average) if average else ())
     found, doomed = 0, []
     for step in sorted(steps, reverse=True):
