@@ -92,3 +92,19 @@ def last_line(run: str) -> str:
     with open(os.path.join(run, "log.txt"), errors="replace") as file:
         lines = [line.strip() for line in file if line.strip()]
     return lines[-1] if lines else "no output"
+
+
+def total_cost(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of all these runs' `result.json`: chip_seconds, cost (USD) and energy_kwh, each {value, low, high} or None where one of
+    them doesn't know it (a CPU has no price)."""
+    total: dict[str, Any] = {"runs": len(results), "chip_seconds": sum(result["chip_seconds"] for result in results)}
+    for name in ("cost", "energy_kwh"):
+        parts = [result[name] for result in results]
+        total[name] = None if None in parts else {key: sum(part[key] for part in parts) for key in ("value", "low", "high")}
+    return total
+
+
+def cost_in_words(total: Mapping[str, Any]) -> str:
+    figures = [f"{total[name]['value']:.3g} ({total[name]['low']:.3g} to {total[name]['high']:.3g}) {unit}"
+               for name, unit in (("cost", "USD"), ("energy_kwh", "kWh")) if total[name]]
+    return f"{total['runs']} runs took " + ", ".join([f"{total['chip_seconds']:,.0f} chip-seconds", *figures]) + "."

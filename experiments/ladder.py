@@ -19,7 +19,7 @@ from research import hardware
 from research.config import nearest, override
 from research.errors import InputError
 from research.scaling.analysis import analyse
-from research.scaling.ladder import Rung, Size, backtests, forecast, grid, rung_at, widening, write_csv
+from research.scaling.ladder import BACKTEST_RESAMPLES, Rung, Size, backtests, forecast, grid, rung_at, widening, write_csv
 from research.scaling.laws import LAWS
 from research.scaling.points import Points, make, read_csv
 from research.scaling.prediction import config_sha256, score, stored_prediction
@@ -56,7 +56,8 @@ def make_plan(workdir: str, family: str, data: str | None, dims: Sequence[int], 
     if data:
         shared |= {"data.sources.0.name": "text", "data.sources.0.args": json.dumps({"paths": [data]})}
     os.makedirs(workdir, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), COMPILED, "xla"))  # the runs' own
+    if measured and "RUNG_CACHE" not in os.environ:  # what is compiled to be measured isn't compiled again by the runs
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), COMPILED, "xla"))
     base = override(preset(chosen.preset), shared)
     peak = None if measured else hardware.measured_cpu_peak()
     sizes = [size_of(chosen.preset, dim, shared | chosen.size(dim), peak) for dim in sorted(dims or chosen.dims)]
@@ -148,6 +149,16 @@ def run(workdir: str, plan: Mapping[str, Any], jobs: int, minutes: float | None)
     return failed
 
 
+def results_of(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `result.json` of every finished trunk and rung."""
+    found = []
+    for row in plan["trunks"] + plan["rungs"]:
+        if status(row["workdir"]) == "finished":
+            with open(os.path.join(row["workdir"], RESULT_FILE)) as file:
+                found.append(json.load(file))
+    return found
+
+
 def diverged(run_directory: str) -> bool:
     """Did the guard give the run up? Its ledger's last alarm has the story."""
     rows = read_rows(run_directory, LEDGER_PREFIX) if os.path.isdir(run_directory) else []
@@ -232,7 +243,7 @@ def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float
     """
     law = LAWS[approach]
     found = analyse(points, approach, bootstrap=bootstrap, seed=seed, budget=flops)
-    tests = backtests(points, approach, bootstrap, seed)
+    tests = backtests(points, approach, min(bootstrap, BACKTEST_RESAMPLES), seed)
     widen = widening(tests)
     rung, config = target_of(plan, flops, found["optimum"]["N_opt"]["value"], n_used, dim)
     size = rung.size
@@ -262,8 +273,8 @@ def scores(runs: Sequence[str]) -> list[Row]:
     """A row a finished run with a prediction: what was predicted, what came, the error, whether the interval covered it."""
     rows = []
     for run_directory in runs:
-        prediction = stored_prediction(run_directory)
-        if prediction is None or status(run_directory) != "finished":
+        prediction = stored_prediction(run_directory) if status(run_directory) == "finished" else None
+        if prediction is None:
             continue
         with open(os.path.join(run_directory, RESULT_FILE)) as file:
             result = json.load(file)

@@ -10,7 +10,7 @@ from experiments.cells import status
 from experiments.ladder import counted
 from research.errors import InputError
 from research.scaling.analysis import analyse
-from research.scaling.ladder import backtests
+from research.scaling.ladder import BACKTEST_RESAMPLES, backtests
 from research.scaling.laws import LAWS, Fitted, Law, optimum
 from research.scaling.points import Points, budgets
 from research.scaling.uncertainty import interval
@@ -32,7 +32,7 @@ def summarise(points: Points, approach: str, bootstrap: int, seed: int) -> Row:
     if approach not in fits:
         raise InputError("points", refused[approach] if approach in refused else f"unknown approach {approach!r}",
                          f"these runs decide {', '.join(fits) or 'no law'}")
-    tests = backtests(points, approach, bootstrap, seed)
+    tests = backtests(points, approach, min(bootstrap, BACKTEST_RESAMPLES), seed)
     flops = points.flops_P
     answer = {"approach": approach, "runs": len(points), "budgets": len(budgets(points)),
               "decades": float(np.log10(flops.max() / flops.min())), "fits": fits, "refused": refused, "backtests": tests,
@@ -85,18 +85,18 @@ def crossing(ours: Points, theirs: Points, approach: str, bootstrap: int, seed: 
         fitted = law.fit(points, bootstrap, seed + number)
         curves.append(np.stack([optimum(law, fitted.parameters, flops)["loss"] for flops in grid_G], 1))
     difference_TxG = curves[0] - curves[1]
-    flips_TxG = np.diff(np.sign(difference_TxG), axis=1) != 0
+    flips_TxG = difference_TxG[:, 1:] * difference_TxG[:, :-1] < 0  # false for NaN
     crossed_T = flips_TxG.any(1)
     middle_G = np.sqrt(grid_G[1:] * grid_G[:-1])
     log_T = np.where(crossed_T, np.log(middle_G[flips_TxG.argmax(1)]), np.nan)
-    found = {name: float(np.exp(value)) for name, value in interval(log_T).items()} if crossed_T[0] else None
+    where = {name: float(np.exp(np.clip(value, -690, 690))) for name, value in interval(log_T).items()}
     shown = np.geomspace(least, most * 10, 9)
     rows = []
     for flops in shown:
         band = interval(difference_TxG[:, np.abs(np.log(grid_G / flops)).argmin()])
         prefers = "first" if band["high"] < 0 else "second" if band["low"] > 0 else "undecided"
         rows.append({"flops": float(flops), "difference": band, "prefers": prefers})
-    return {"flops": found, "crossed": float(crossed_T[1:].mean()), "at": rows}
+    return {"flops": where if crossed_T[0] else None, "crossed": float(crossed_T[1:].mean()), "at": rows}
 
 
 def loss_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
@@ -194,14 +194,14 @@ def draw(path: str, points: Points, approach: str, bootstrap: int, seed: int, te
 
 
 def _draw_curves(plot: Any, curves: Mapping[str, tuple[list[float], list[float]]]) -> None:
+    curves = {name: curve for name, curve in curves.items() if curve[1]}
     for name, (flops, loss) in curves.items():
         width = max(1, len(loss) // 30)
         smooth = np.convolve(loss, np.ones(width) / width, "valid")
         plot.plot(flops[width - 1:], smooth, linewidth=1 if name.startswith("trunk") else 0.7, label=name)
     if curves:
         plot.set(xscale="log", xlabel="FLOPs", ylabel="training loss (smoothed)", title="trunks and their branches")
-        tops = [np.quantile(loss, 0.9) for _, loss in curves.values() if loss]
-        plot.set_ylim(top=max(tops, default=1.0))
+        plot.set_ylim(top=max(np.quantile(loss, 0.9) for _, loss in curves.values()))
 
 
 def _draw_isoflop(plot: Any, points: Points, fitted: Fitted, law: Law) -> None:

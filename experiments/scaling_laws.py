@@ -24,6 +24,7 @@ from absl import flags
 
 from configs.ladder import FAMILIES
 from experiments import command_line, ladder, ladder_report
+from experiments.cells import cost_in_words, total_cost
 from research.config import parse_assignments
 from research.errors import InputError
 from research.scaling.analysis import analyse
@@ -199,8 +200,7 @@ def show_prediction(answer: dict) -> None:
 
 def score() -> dict:
     """What became of the predictions of finished runs."""
-    runs = FLAGS.run or sorted(os.path.join(_workdir(), name) for name in os.listdir(_workdir()))
-    rows = ladder.scores([run for run in runs if os.path.isdir(run)])
+    rows = ladder.scores(_runs())
     if not rows:
         raise InputError("--run", "no finished run with a registered prediction", "train with --prediction=FILE, to the end")
     return {"scores": rows, "covered": sum(row["covered"] for row in rows), "runs": len(rows)}
@@ -228,10 +228,12 @@ def report() -> dict:
         other, _, _ = ladder.ladder_points(theirs, parse_columns(FLAGS.columns), FLAGS.exclude)
         answer["crossing"] = ladder_report.crossing(points, other, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed)
         answer["verdict"] += ladder_report.compared(answer["crossing"], _workdir(), FLAGS.against)
-    runs = FLAGS.run or sorted(os.path.join(_workdir(), name) for name in os.listdir(_workdir()))
-    answer["scores"] = ladder.scores([run for run in runs if os.path.isdir(run)])
+    answer["scores"] = ladder.scores(_runs())
     answer["excluded_by"], answer["diverged"] = excluded, lost
     found = ladder.read_plan(_workdir())
+    if found and (results := ladder.results_of(found)):
+        answer["total"] = total_cost(results)
+        answer["verdict"].append(cost_in_words(answer["total"]))
     os.makedirs(directory, exist_ok=True)
     largest = max([10 * float(points.flops_P.max()), *(row["flops"] for row in answer["scores"])])
     ladder_report.draw(os.path.join(directory, "report.png"), points, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed,
@@ -251,6 +253,15 @@ def show_report(answer: dict) -> None:
     print(f"{answer['directory']}: report.md, report.png, report.json")
 
 
+def _runs() -> list[str]:
+    """Those of --run, else WORKDIR and the directories in it."""
+    if FLAGS.run:
+        return FLAGS.run
+    if not os.path.isdir(_workdir()):
+        raise InputError("--workdir", f"{FLAGS.workdir} does not exist", "name a ladder's directory")
+    return [FLAGS.workdir, *sorted(entry.path for entry in os.scandir(FLAGS.workdir) if entry.is_dir())]
+
+
 def _csv() -> str:
     return FLAGS.csv or os.path.join(_workdir(), ladder.CSV_FILE)
 
@@ -265,7 +276,7 @@ VERBS = {"plan": (plan, show_plan), "run": (run, show_run), "fit": (fit, show), 
          "score": (score, show_score), "report": (report, show_report)}
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     verb = argv[1] if len(argv) > 1 else ""
     if verb not in VERBS or len(argv) > 2:
         problem = f"unexpected {argv[2]!r}" if verb in VERBS else f"unknown {verb!r}" if verb else "is missing"
@@ -276,6 +287,7 @@ def main(argv: list[str]) -> None:
         command_line.print_json(answer)
     else:
         tell(answer)
+    return 1 if verb == "run" and answer["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, Iterable, Mapping, Sequence
 from absl import flags
 
 from experiments import command_line
-from experiments.cells import CELL_FILE, run_cells, status
+from experiments.cells import CELL_FILE, cost_in_words, run_cells, status, total_cost
 from research.config import nearest, override, parse_assignments
 from research.errors import InputError
 from research.schema import RESULT_FILE, Config
@@ -153,7 +153,7 @@ def report(workdir: str) -> list[dict[str, Any]]:
                    for name in ("final_eval_loss", "final_eval_loss_se", "bits_per_byte")]
         lines.append("| " + " | ".join([row["cell"], *values, *figures, f"{row['tokens_per_second']:,.0f}"]) + " |")
     with open(os.path.join(workdir, "report.md"), "w") as file:
-        file.write("\n".join(lines) + "\n")
+        file.write("\n".join([*lines, "", cost_in_words(total_cost(rows))]) + "\n")
     draw(rows, varied, os.path.join(workdir, "report.png"))
     return rows
 

@@ -12,6 +12,7 @@ import pytest
 from configs import preset
 from configs.ladder import FAMILIES
 from experiments import ladder, ladder_report
+from experiments.cells import cost_in_words, total_cost
 from research.config import override
 from research.scaling.prediction import config_sha256, read_prediction, seal
 from research.schema import EXIT_BAD_INPUT, RESULT_FILE
@@ -33,7 +34,7 @@ def climbed(tmp_path_factory):
     plan, rng = planned(workdir), np.random.default_rng(0)
     for row in plan["rungs"]:
         os.makedirs(row["workdir"])
-        loss = (1.2 + 60 / row["params"] ** 0.4 + 90 / row["tokens"] ** 0.4) * np.exp(0.002 * rng.standard_normal())
+        loss = (1.2 + 60 / row["params"] ** 0.4 + 199 / row["tokens"] ** 0.4) * np.exp(0.002 * rng.standard_normal())
         with open(os.path.join(row["workdir"], RESULT_FILE), "w") as file:
             json.dump({"final_eval_loss": loss, "final_eval_loss_se": 0.01}, file)
     lost = plan["rungs"][-1]
@@ -87,7 +88,7 @@ def test_the_prediction_is_of_the_best_size_and_holds_the_truth(climbed, predict
     _, plan, _ = climbed
     points, found = predicted
     target = found["target"]
-    truth = 1.2 + 60 / target["params"] ** 0.4 + 90 / target["tokens"] ** 0.4
+    truth = 1.2 + 60 / target["params"] ** 0.4 + 199 / target["tokens"] ** 0.4
     assert found["low"] < truth < found["high"] and abs(found["value"] / truth - 1) < 0.02
     assert target["times"] == pytest.approx(10, rel=0.01)
     assert 0.6 < target["params"] / found["optimum"]["N_opt"]["value"] < 1.6
@@ -121,16 +122,26 @@ def test_the_report_has_a_verdict_tables_and_pictures(climbed, predicted, tmp_pa
 
 def test_a_crossing_is_found_with_its_interval(climbed, predicted):
     points, _ = predicted
-    steeper = ladder.make(points.params_P, 1.1 + 2.2 * (points.loss_P - 1.2) ** 1.3, points.tokens_P, points.flops_P)
+    steeper = ladder.make(points.params_P, 1.1 + (points.loss_P - 1.2) ** 1.3, points.tokens_P, points.flops_P)
     found = ladder_report.crossing(points, steeper, "3", 64, 0)
     assert found["flops"]["low"] <= found["flops"]["value"] <= found["flops"]["high"]
     assert found["at"][0]["prefers"] == "first" and found["at"][-1]["prefers"] == "second"
+
+
+def test_costs_add_up_and_an_unknown_one_stays_unknown():
+    known = {"chip_seconds": 10.0, "cost": {"value": 2.0, "low": 1.0, "high": 3.0}, "energy_kwh": None}
+    total = total_cost([known, known])
+    assert total == {"runs": 2, "chip_seconds": 20.0, "cost": {"value": 4.0, "low": 2.0, "high": 6.0}, "energy_kwh": None}
+    assert cost_in_words(total) == "2 runs took 20 chip-seconds, 4 (2 to 6) USD."
+    assert total_cost([known, known | {"cost": None}])["cost"] is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_default_ladder_is_long_enough(family):
     chosen = FAMILIES[family]
     assert np.log10(max(chosen.budgets) / min(chosen.budgets)) >= 1.5
+    sizes = [ladder.size_of(chosen.preset, dim, chosen.size(dim), 1e9) for dim in chosen.dims]
+    assert len(ladder.grid(sizes, chosen.budgets, preset(chosen.preset).optim.warmup_steps)) >= 12
     for dim in chosen.dims:
         config = override(preset(chosen.preset), chosen.size(dim))
         assert config.model.dim == dim and config.optim.role_lr.input == pytest.approx(dim / 64)

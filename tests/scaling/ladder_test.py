@@ -14,7 +14,7 @@ SIZES = [Size(dim, {}, 1000 * dim, 900 * dim, 7000.0 * dim, 1024, 0.01) for dim 
 
 
 def law(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return 1.2 + 60 / n**0.4 + 90 / d**0.4
+    return 1.2 + 60 / n**0.4 + 199 / d**0.4  # best at 20 tokens a parameter
 
 
 def climb(noise: float, bend: float = 0.0) -> Points:
@@ -37,11 +37,9 @@ def test_a_rung_costs_what_it_is_asked_to_and_its_parts_add_up():
 
 def test_a_budget_takes_the_sizes_whose_tokens_a_parameter_are_in_the_window():
     rungs = grid(SIZES, [1e12, 2e11], warmup_steps=3, ratios=(2.0, 300.0))
-    assert [rung.flops for rung in rungs] == sorted(rung.flops for rung in rungs) or len(rungs) == 7
-    for rung in rungs:
-        assert 2.0 <= rung.tokens / rung.size.params <= 300.0
-    left_out = [size.dim for size in SIZES if size.dim not in {rung.size.dim for rung in rungs if rung.flops < 5e11}]
-    assert left_out == [128]  # 2e11 FLOPs are 1.7 tokens a parameter there
+    # 1.7 tokens a parameter at 2e11 FLOPs and width 128, 558 at 1e12 and width 16
+    assert [rung.size.dim for rung in rungs] == [16, 32, 64, 32, 64, 128]
+    assert [round(rung.flops / 1e11) for rung in rungs] == [2, 2, 2, 10, 10, 10]
 
 
 @pytest.mark.parametrize("budgets, warmup, message", [
