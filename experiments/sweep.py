@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
     if verb == "report":
         rows = report(FLAGS.workdir)
         if FLAGS.json:
-            command_line.print_json({"results": rows})
+            command_line.print_json({"results": rows, "total": total_cost(rows)})
         else:
             print(open(os.path.join(FLAGS.workdir, "report.md")).read() + f"\n{os.path.join(FLAGS.workdir, 'report.png')}")
         return 0
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> int:
     failed = run_cells(rows, FLAGS.config, FLAGS.workdir, FLAGS.jobs, FLAGS.minutes)
     rows = report(FLAGS.workdir)
     if FLAGS.json:
-        command_line.print_json({"results": rows, "failed": failed})
+        command_line.print_json({"results": rows, "total": total_cost(rows), "failed": failed})
     else:
         print(open(os.path.join(FLAGS.workdir, "report.md")).read())
     return 1 if failed else 0
