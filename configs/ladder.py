@@ -9,6 +9,7 @@ so that one trunk serves many token counts (Hu et al. 2024, section 4).
 import dataclasses
 from typing import Callable
 
+from research.errors import InputError
 from research.models.attention import Attention
 from research.models.mamba2 import Mamba2
 from research.models.mlp import GatedMlp
@@ -52,7 +53,9 @@ def _shared(dim: int) -> dict[str, int | float]:
 
 
 def transformer_size(dim: int) -> dict[str, int | float]:
-    """Overrides of ladder_transformer for this width."""
+    """Overrides of ladder_transformer for this width, a multiple of HEAD_DIM."""
+    if dim % HEAD_DIM:
+        raise InputError("--dims", f"{dim} is no multiple of {HEAD_DIM}, the width of a head", "choose multiples")
     return _shared(dim) | {"model.stages.0.repeats": max(2, round(dim / 24)), "model.stages.0.pattern.0.heads": dim // HEAD_DIM,
                            "model.stages.0.pattern.1.hidden": 8 * (dim // 3)}
 
@@ -76,8 +79,8 @@ class Family:
 
 
 FAMILIES = {
-    "transformer": Family("ladder_transformer", transformer_size, (16, 24, 32, 48, 64, 80, 96),
-                          (1.2e11, 3e11, 7.5e11, 1.8e12, 4.4e12)),
+    "transformer": Family("ladder_transformer", transformer_size, (16, 32, 48, 64, 80, 96),
+                          (4.8e10, 1.2e11, 3e11, 7.5e11, 1.8e12)),
     "mamba2": Family("ladder_mamba2", mamba2_size, (16, 24, 32, 48, 64, 80),
-                     (6e10, 1.4e11, 3.4e11, 8e11, 1.9e12)),
+                     (4e10, 1e11, 2.4e11, 6e11, 1.4e12)),
 }

@@ -1,7 +1,7 @@
 """Scaling laws: a ladder of small runs, the law they follow, what it says of a large one, and whether that held.
 
     python -m experiments.scaling_laws plan|run --workdir=DIR [--family=transformer|mamba2] [--minutes=25] [--jobs=1] \
-        [--data='GLOB'] [--dims=32,48,64] [--budgets=1e11,3e11,1e12] [--ratios=1.5,250] [--set KEY=VALUE]... [--json]
+        [--data='GLOB'] [--dims=32,48,64] [--budgets=1e11,3e11,1e12] [--ratios=1,250] [--set KEY=VALUE]... [--json]
     python -m experiments.scaling_laws fit --csv=FILE --columns=params=NAME,flops=NAME,loss=NAME \
         --approach=1|2|3|kaplan [--exclude='loss>4.5'] [--bootstrap=1000] [--budget=1e21] [--seed=0] [--json]
 
@@ -113,7 +113,7 @@ def plan() -> dict:
     """The ladder that the flags describe: what would run, and what it costs here."""
     ratios = numbers("ratios", float)
     if len(ratios) != 2 or not 0 < ratios[0] < ratios[1]:
-        raise InputError("--ratios", f"{','.join(FLAGS.ratios)!r} isn't LOW,HIGH", "e.g. --ratios=1.5,250")
+        raise InputError("--ratios", f"{','.join(FLAGS.ratios)!r} isn't LOW,HIGH", "e.g. --ratios=1,250")
     return ladder.make_plan(_workdir(), FLAGS.family, FLAGS.data, numbers("dims", int), numbers("budgets", float),
                             (ratios[0], ratios[1]), FLAGS.seed, parse_assignments(FLAGS.set), FLAGS.measure)
 

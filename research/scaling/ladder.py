@@ -20,7 +20,7 @@ from research.scaling.uncertainty import interval, predictive
 COLUMNS = ("params", "non_embedding", "tokens", "flops", "loss", "loss_se", "seed", "run", "diverged")
 DECAY = 0.2  # of a rung's steps
 BACKTEST_RESAMPLES = 200
-TOKENS_PER_PARAM = 1.5, 250.0  # of the sizes that a budget takes
+TOKENS_PER_PARAM = 1.0, 250.0  # of the sizes that a budget takes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from research.scaling.prediction import config_sha256, read_prediction, seal
 from research.schema import EXIT_BAD_INPUT, RESULT_FILE
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-DIMS, BUDGETS = (16, 24, 32, 48), (2e10, 6e10, 1.8e11, 5.4e11, 1.6e12)
+DIMS, BUDGETS = (16, 32, 48, 64), (2e10, 6e10, 1.8e11, 5.4e11, 1.6e12)
 
 
 def planned(workdir, **changes):
@@ -159,6 +159,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
     (["score", "--workdir={0}"], "no finished run with a registered prediction"),
     (["plan", "--workdir={0}", "--ratios=5,1"], "isn't LOW,HIGH"),
     (["plan", "--workdir={0}", "--dims=a"], "isn't a list of numbers"),
+    (["plan", "--workdir={0}", "--dims=16,24", "--nomeasure"], "--dims: 24 is no multiple of 16"),
 ])
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     done = call(*[argument.format(tmp_path) for argument in arguments])
@@ -170,7 +171,7 @@ def test_the_whole_chain_with_real_runs(tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"def f{i}(x):\n    return x * {i} + {i * i}\n" * 60)
     workdir = tmp_path / "ladder"
-    tiny = ["--dims=16,24,32", "--budgets=3e8,9e8,2.7e9", "--ratios=0.01,3000", f"--data={tmp_path}/*.txt", "--nomeasure",
+    tiny = ["--dims=16,32,48", "--budgets=3e8,9e8,2.7e9", "--ratios=0.001,3000", f"--data={tmp_path}/*.txt", "--nomeasure",
             "--set=optim.warmup_steps=1", f"--set=data.cache_dir={tmp_path}/cache", "--set=data.seq_len=32",
             "--set=data.holdout=0.1", "--set=data.validation.0.max_rows=16"]
     done = call("plan", f"--workdir={workdir}", *tiny, "--json")
