@@ -18,6 +18,7 @@ from experiments.cells import run_cells, status
 from research import hardware
 from research.config import nearest, override
 from research.errors import InputError
+from research.evaluation.statistics import over_seeds
 from research.scaling.analysis import analyse
 from research.scaling.ladder import BACKTEST_RESAMPLES, Rung, Size, backtests, forecast, grid, rung_at, widening, write_csv
 from research.scaling.laws import LAWS
@@ -281,3 +282,16 @@ def scores(runs: Sequence[str]) -> list[Row]:
         rows.append({"run": run_directory, "seed": read_config(run_directory).seed, "flops": result["flops"],
                      "observed_se": result["final_eval_loss_se"], **score(prediction, result["final_eval_loss"])})
     return rows
+
+
+def score_summary(rows: Sequence[Row]) -> Row:
+    """scores, how many runs were covered, and the mean relative error of each prediction that 2 runs or more were scored by."""
+    means = []
+    for sealed in dict.fromkeys(row["sha256"] for row in rows):
+        errors = [row["relative_error"] for row in rows if row["sha256"] == sealed and row["relative_error"] is not None]
+        if len(errors) > 1:
+            found = over_seeds(errors)
+            means.append({"sha256": sealed, "runs": len(errors),
+                          "relative_error": {"value": found.value, "low": found.low, "high": found.high}})
+    return {"scores": list(rows), "covered": sum(row["covered"] for row in rows), "runs": len(rows),
+            "mean_relative_errors": means}

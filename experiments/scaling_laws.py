@@ -203,7 +203,7 @@ def score() -> dict:
     rows = ladder.scores(_runs())
     if not rows:
         raise InputError("--run", "no finished run with a registered prediction", "train with --prediction=FILE, to the end")
-    return {"scores": rows, "covered": sum(row["covered"] for row in rows), "runs": len(rows)}
+    return ladder.score_summary(rows)
 
 
 def show_score(answer: dict) -> None:
@@ -216,6 +216,10 @@ def show_score(answer: dict) -> None:
                      "covered" if row["covered"] else "NOT covered"))
     command_line.print_table(rows)
     print(f"{answer['covered']} of {answer['runs']} inside the interval")
+    for mean in answer["mean_relative_errors"]:
+        found = mean["relative_error"]
+        print(f"mean error of {mean['runs']} runs of prediction {mean['sha256'][:12]}: {found['value']:+.2%}, 95% from "
+              f"{found['low']:+.2%} to {found['high']:+.2%} (Student, over seeds)")
 
 
 def report() -> dict:
@@ -248,8 +252,7 @@ def show_report(answer: dict) -> None:
     if answer["diverged"]:
         print(f"left out, diverged: {', '.join(answer['diverged'])}")
     if answer["scores"]:
-        show_score({"scores": answer["scores"], "covered": sum(row["covered"] for row in answer["scores"]),
-                    "runs": len(answer["scores"])})
+        show_score(ladder.score_summary(answer["scores"]))
     print(f"{answer['directory']}: report.md, report.png, report.json")
 
 

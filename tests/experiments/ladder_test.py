@@ -128,6 +128,16 @@ def test_a_crossing_is_found_with_its_interval(climbed, predicted):
     assert found["at"][0]["prefers"] == "first" and found["at"][-1]["prefers"] == "second"
 
 
+def test_seeds_of_one_prediction_are_averaged_with_an_interval():
+    rows = [{"sha256": "a", "relative_error": error, "covered": True} for error in (0.01, 0.02, 0.03)]
+    rows += [{"sha256": "b", "relative_error": 0.5, "covered": False}, {"sha256": "a", "relative_error": None, "covered": False}]
+    found = ladder.score_summary(rows)
+    assert (found["covered"], found["runs"]) == (3, 5) and len(found["mean_relative_errors"]) == 1
+    mean, = found["mean_relative_errors"]
+    assert mean["runs"] == 3 and mean["relative_error"]["value"] == pytest.approx(0.02)
+    assert mean["relative_error"]["low"] == pytest.approx(0.02 - 4.303 * 0.01 / 3**0.5, rel=1e-3)
+
+
 def test_costs_add_up_and_an_unknown_one_stays_unknown():
     known = {"chip_seconds": 10.0, "cost": {"value": 2.0, "low": 1.0, "high": 3.0}, "energy_kwh": None}
     total = total_cost([known, known])
