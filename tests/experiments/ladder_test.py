@@ -130,7 +130,7 @@ def test_a_crossing_is_found_with_its_interval(climbed, predicted):
 
 def test_seeds_of_one_prediction_are_averaged_with_an_interval():
     rows = [{"sha256": "a", "relative_error": error, "covered": True} for error in (0.01, 0.02, 0.03)]
-    rows += [{"sha256": "b", "relative_error": 0.5, "covered": False}, {"sha256": "a", "relative_error": None, "covered": False}]
+    rows += [{"sha256": name, "relative_error": error, "covered": False} for name, error in (("b", 0.5), ("a", None))]
     found = ladder.score_summary(rows)
     assert (found["covered"], found["runs"]) == (3, 5) and len(found["mean_relative_errors"]) == 1
     mean, = found["mean_relative_errors"]
