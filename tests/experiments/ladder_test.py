@@ -14,6 +14,7 @@ from configs.ladder import FAMILIES
 from experiments import ladder, ladder_report
 from experiments.cells import cost_in_words, total_cost
 from research.config import override
+from research.errors import InputError
 from research.scaling.prediction import config_sha256, read_prediction, seal
 from research.schema import EXIT_BAD_INPUT, RESULT_FILE
 
@@ -165,15 +166,17 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["predict", "--workdir={0}"], "has no plan.json"), (["run"], "--workdir: is missing"),
-    (["score", "--workdir={0}"], "no finished run with a registered prediction"),
-    (["plan", "--workdir={0}", "--ratios=5,1"], "isn't LOW,HIGH"),
-    (["plan", "--workdir={0}", "--dims=a"], "isn't a list of numbers"),
-    (["plan", "--workdir={0}", "--dims=16,24", "--nomeasure"], "--dims: 24 is no multiple of 16"),
+    (["predict", "--workdir={0}"], "--workdir: {0} has no plan.json"), (["plan", "--workdir={0}", "--ratios=5,1"], "isn't LOW,HIGH"),
 ])
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     done = call(*[argument.format(tmp_path) for argument in arguments])
-    assert done.returncode == EXIT_BAD_INPUT and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == EXIT_BAD_INPUT and message.format(tmp_path) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_width_that_heads_do_not_divide_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--dims: 24 is no multiple of 16"):
+        planned(tmp_path, dims=(16, 24))
 
 
 @pytest.mark.slow
