@@ -166,7 +166,8 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["predict", "--workdir={0}"], "--workdir: {0} has no plan.json"), (["plan", "--workdir={0}", "--ratios=5,1"], "isn't LOW,HIGH"),
+    (["predict", "--workdir={0}"], "--workdir: {0} has no plan.json"),
+    (["plan", "--workdir={0}", "--ratios=5,1"], "isn't LOW,HIGH"),
 ])
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     done = call(*[argument.format(tmp_path) for argument in arguments])
