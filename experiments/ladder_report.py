@@ -13,7 +13,7 @@ from research.scaling.analysis import analyse
 from research.scaling.ladder import BACKTEST_RESAMPLES, backtests
 from research.scaling.laws import LAWS, Fitted, Law, optimum
 from research.scaling.points import Points, budgets
-from research.scaling.uncertainty import interval
+from research.scaling.uncertainty import MOST, interval
 from research.schema import METRICS_PREFIX
 from research.training.workdir import read_rows
 
@@ -66,7 +66,9 @@ def verdict(answer: Mapping[str, Any]) -> list[str]:
 
 
 def _figure(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+    """A bound of MOST is one that the resamples don't give."""
+    low, high = (f"{figure[name]:.3f}" if abs(figure[name]) < MOST else "unbounded" for name in ("low", "high"))
+    return f"{figure['value']:.3f} ({low} to {high})"
 
 
 def crossing(ours: Points, theirs: Points, approach: str, bootstrap: int, seed: int) -> Row:
