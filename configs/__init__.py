@@ -2,7 +2,7 @@
 
 from typing import Callable
 
-from configs import deepseek, gpt, hybrids, llama, recurrent, state_space
+from configs import deepseek, gpt, hybrids, ladder, llama, recurrent, state_space
 from configs.quickstart import debug, quickstart, text
 from research.config import nearest
 from research.errors import InputError
@@ -24,7 +24,7 @@ PRESETS: dict[str, Callable[[], Config]] = {function.__name__: function for func
     recurrent.rwkv7_190m, recurrent.rwkv7_450m, recurrent.rwkv7_1_5b, recurrent.rwkv7_2_9b,
     recurrent.gated_delta_tiny, recurrent.gated_delta_small,
     hybrids.jamba_tiny, hybrids.jamba_small, hybrids.jamba_v0_1, hybrids.griffin_tiny, hybrids.griffin_small,
-    hybrids.hybrid_tiny, hybrids.hybrid_small)}
+    hybrids.hybrid_tiny, hybrids.hybrid_small, ladder.ladder_transformer, ladder.ladder_mamba2)}
 
 
 def preset(name: str) -> Config:

@@ -1,20 +1,38 @@
-"""Scaling laws from finished runs: fit.
+"""Scaling laws: a ladder of small runs, the law they follow, what it says of a large one, and whether that held.
 
+    python -m experiments.scaling_laws plan|run --workdir=DIR [--family=transformer|mamba2] [--minutes=25] [--jobs=1] \
+        [--data='GLOB'] [--dims=32,48,64] [--budgets=1e11,3e11,1e12] [--ratios=1,250] [--set KEY=VALUE]... [--json]
     python -m experiments.scaling_laws fit --csv=FILE --columns=params=NAME,flops=NAME,loss=NAME \
         --approach=1|2|3|kaplan|repeated|moe|precision|state [--exclude='loss>4.5'] [--bootstrap=1000] [--seed=0] \
         [--budget=1e21 [--at=bits=8] [--served_tokens=1e12]] [--json]
 
+    python -m experiments.scaling_laws predict --workdir=DIR [--csv=FILE] [--approach=3] [--times=10 | --budget=FLOPS] [--dim=N]
+    python -m experiments.scaling_laws score --workdir=DIR [--run=RUN]...
+    python -m experiments.scaling_laws report --workdir=DIR [--approach=3] [--against=OTHER] [--output=DIRECTORY]
+
+plan says what would run and what it costs here (WORKDIR/plan.json), run does it (resumable) and writes WORKDIR/ladder.csv.
+predict writes WORKDIR/prediction.json, which experiments.train --prediction registers at step 0; score says what became of it.
+report makes tables, pictures and a verdict; --against says at which budget which of two ladders' laws is lower.
 Each figure has a 95% interval; what was excluded is counted, what doesn't fit is named.
 """
 
+import json
+import os
 import time
 
+import numpy as np
 from absl import flags
 
-from experiments import command_line
+from configs.ladder import FAMILIES
+from experiments import command_line, ladder, ladder_report
+from experiments.cells import cost_in_words, total_cost
+from research.config import parse_assignments
 from research.errors import InputError
 from research.scaling.analysis import analyse
+from research.scaling.ladder import TOKENS_PER_PARAM
 from research.scaling.points import parse_columns, read_csv
+from research.scaling.prediction import seal
+from research.schema import PREDICTION_FILE
 
 command_line.define_json_flag()
 flags.DEFINE_string("csv", None, "A CSV file with a head line and one run a row.")
@@ -27,7 +45,22 @@ flags.DEFINE_integer("bootstrap", 1000, "Resamples that the intervals come from.
 flags.DEFINE_float("budget", None, "FLOPs: also give the best N and D there, and the loss of a run with these.")
 flags.DEFINE_string("at", None, "NAME=NUMBER: unique_tokens, expansion (total over active parameters), bits or state there.")
 flags.DEFINE_float("served_tokens", None, "Also the cheapest model of the budget's loss that will serve so many tokens.")
-flags.DEFINE_integer("seed", 0, "Seed of the resamples.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of the ladder's runs, and of the resamples.", lower_bound=0)
+flags.DEFINE_string("workdir", None, "Directory of the ladder: its plan, runs and CSV file.")
+flags.DEFINE_enum("family", "transformer", sorted(FAMILIES), "Whose ladder.")
+flags.DEFINE_string("data", None, "A glob of text files in place of the source code that every machine has.")
+flags.DEFINE_list("dims", [], "Widths; the family's if not given.")
+flags.DEFINE_list("budgets", [], "IsoFLOP budgets in FLOPs; the family's if not given.")
+flags.DEFINE_list("ratios", list(map(str, TOKENS_PER_PARAM)), "Tokens a parameter, from and to.")
+flags.DEFINE_multi_string("set", [], "KEY=VALUE, overrides one field of all runs. Repeatable.")
+flags.DEFINE_float("times", 10.0, "FLOPs of the predicted run over the ladder's largest.", lower_bound=1.0)
+flags.DEFINE_integer("dim", None, "Width of the predicted run; the law's optimum, if not given.", lower_bound=1)
+flags.DEFINE_string("output", None, "What predict writes (WORKDIR/prediction.json if not given), or report (WORKDIR/report).")
+flags.DEFINE_string("against", None, "Another ladder's directory, whose law is compared with this one's.")
+flags.DEFINE_multi_string("run", [], "A run to score; those in WORKDIR if not given. Repeatable.")
+flags.DEFINE_boolean("measure", True, "Time steps for the plan; else a share of the matmul peak.")
+flags.DEFINE_float("minutes", None, "Stop cleanly after so long (exit code 75); the next call goes on.", lower_bound=0.0)
+flags.DEFINE_integer("jobs", 1, "Local processes at once.", lower_bound=1)
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
@@ -91,19 +124,196 @@ def _figures(figure: dict) -> tuple[str, str, str]:
     return tuple(f"{figure[key]:.5g}" for key in ("value", "low", "high"))
 
 
-VERBS = {"fit": fit}
+def numbers(name: str, kind: type) -> list:
+    """The values of a list flag."""
+    try:
+        return [kind(float(text)) for text in FLAGS[name].value]
+    except ValueError:
+        raise InputError(f"--{name}", f"{','.join(FLAGS[name].value)!r} isn't a list of numbers", "e.g. 1,2,3") from None
 
 
-def main(argv: list[str]) -> None:
+def plan() -> dict:
+    """The ladder that the flags describe: what would run, and what it costs here."""
+    ratios = numbers("ratios", float)
+    if len(ratios) != 2 or not 0 < ratios[0] < ratios[1]:
+        raise InputError("--ratios", f"{','.join(FLAGS.ratios)!r} isn't LOW,HIGH", "e.g. --ratios=1,250")
+    return ladder.make_plan(_workdir(), FLAGS.family, FLAGS.data, numbers("dims", int), numbers("budgets", float),
+                            (ratios[0], ratios[1]), FLAGS.seed, parse_assignments(FLAGS.set), FLAGS.measure)
+
+
+def show_plan(answer: dict) -> None:
+    rows = [("run", "params", "tokens", "FLOPs", "trained here", "seconds")]
+    for row in answer["trunks"] + answer["rungs"]:
+        rows.append((row["cell"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}",
+                     f"{row['trained_flops']:.3g} FLOPs", f"{row['seconds']:.0f}"))
+    command_line.print_table(rows)
+    every = answer["trunks"] + answer["rungs"]
+    budgets = [row["flops"] for row in answer["rungs"]]
+    decades = np.log10(max(budgets) / min(budgets))
+    print(f"{len(answer['rungs'])} runs from {len(answer['trunks'])} trunks, {decades:.2f} decades of compute, "
+          f"{sum(row['trained_flops'] for row in every):.3g} FLOPs, about "
+          f"{sum(row['seconds'] for row in every) / 60:.0f} minutes ({answer['seconds_from']}, and "
+          f"{answer['startup_seconds']:.0f} s a run to start, evaluate and save)")
+
+
+def run() -> dict:
+    """Runs what isn't finished of WORKDIR's plan, which it makes where there is none."""
+    found = ladder.read_plan(_workdir()) or plan()
+    if found["family"] != FLAGS.family and FLAGS["family"].present:
+        raise InputError("--family", f"{FLAGS.workdir} holds a ladder of {found['family']}", "choose another --workdir")
+    failed = ladder.run(FLAGS.workdir, found, FLAGS.jobs, FLAGS.minutes)
+    return {"rungs": ladder.collect(FLAGS.workdir, found), "failed": failed,
+            "csv": os.path.join(FLAGS.workdir, ladder.CSV_FILE)}
+
+
+def show_run(answer: dict) -> None:
+    rows = [("run", "params", "tokens", "FLOPs", "held-out loss")]
+    rows += [(row["run"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}",
+              "diverged" if row["diverged"] else f"{row['loss']:.4f} +- {row['loss_se']:.4f}") for row in answer["rungs"]]
+    command_line.print_table(rows)
+    print(answer["csv"] + (f"; failed: {', '.join(answer['failed'])}" if answer["failed"] else ""))
+
+
+def predict() -> dict:
+    """The final loss of a larger run, sealed in a file before it is made."""
+    path = FLAGS.output or os.path.join(_workdir(), PREDICTION_FILE)
+    if os.path.exists(path):
+        raise InputError("--output", f"{path} is a prediction already", "name another file: what was predicted stays")
+    found = ladder.read_plan(_workdir())
+    if found is None:
+        raise InputError("--workdir", f"{FLAGS.workdir} has no {ladder.PLAN_FILE}", "name a ladder's directory")
+    columns = parse_columns(FLAGS.columns)
+    n_used = columns["params"] if columns else "params"
+    if n_used not in ("params", "non_embedding"):
+        raise InputError("--columns", f"the target's {n_used!r} isn't known", "params=params or params=non_embedding")
+    points, excluded, lost = ladder.ladder_points(_csv(), columns, FLAGS.exclude)
+    flops = FLAGS.budget or FLAGS.times * float(points.flops_P.max())
+    answer = ladder.predict(points, found, FLAGS.approach, flops, FLAGS.dim, n_used, FLAGS.bootstrap, FLAGS.seed)
+    answer = seal(answer | {"diverged": lost, "excluded_by": excluded})
+    with open(path, "w") as file:
+        json.dump(answer, file, indent=1)
+    return answer | {"file": path}
+
+
+def show_prediction(answer: dict) -> None:
+    target, tests = answer["target"], answer["backtests"]
+    print(f"{answer['value']:.4f} nats/token, 95% from {answer['low']:.4f} to {answer['high']:.4f}: {answer['law']}, N is "
+          f"{answer['n_used']}, {len(answer['runs'])} runs")
+    print(f"of a run of {target['params']:,} parameters on {target['tokens']:,} tokens, {target['flops']:.3g} FLOPs, "
+          f"{target['times']:.1f} times the ladder's largest")
+    best = answer["optimum"]
+    command_line.print_table([("best at this budget", "value", "low", "high")] + [
+        (name, *_figures(best[name])) for name in ("N_opt", "D_opt") if best[name]])
+    for name, words in (("next", "the next budget"), ("later", "all later budgets")):
+        if tests[name]["runs"]:
+            found = tests[name]
+            print(f"backtests: each prefix of the ladder predicts {words}: {found['covered']} of {found['runs']} inside their "
+                  f"interval, mean error {found['mean_absolute_error']:.2%}, worst {found['worst']:.2%}")
+    print(f"the interval is {answer['widened']:.2f} times the bootstrap's" if tests["later"]["runs"] else
+          "no backtests: the ladder is too short, and the interval only the bootstrap's")
+    if answer["diverged"]:
+        print(f"left out, diverged: {', '.join(answer['diverged'])}")
+    for note in answer["notes"]:
+        print(f"note: {note}")
+    sets = " ".join(f"--set '{key}={value}'" for key, value in target["overrides"].items())
+    print(f"\n{answer['file']}; register it and see, once or with several seeds:\n"
+          f"  python -m experiments.train --config={target['preset']} --workdir={FLAGS.workdir}/target-seed0 "
+          f"--prediction={answer['file']} {sets}")
+
+
+def score() -> dict:
+    """What became of the predictions of finished runs."""
+    rows = ladder.scores(_runs())
+    if not rows:
+        raise InputError("--run", "no finished run with a registered prediction", "train with --prediction=FILE, to the end")
+    return ladder.score_summary(rows)
+
+
+def show_score(answer: dict) -> None:
+    rows = [("run", "seed", "predicted", "95%", "observed", "error", "")]
+    for row in answer["scores"]:
+        band, seen = row["predicted"], row["observed"] is not None
+        rows.append((row["run"], str(row["seed"]), f"{band['value']:.4f}", f"{band['low']:.4f} to {band['high']:.4f}",
+                     f"{row['observed']:.4f} +- {row['observed_se']:.4f}" if seen else "not finite",
+                     f"{row['error']:+.4f} ({row['relative_error']:+.2%})" if seen else "-",
+                     "covered" if row["covered"] else "NOT covered"))
+    command_line.print_table(rows)
+    print(f"{answer['covered']} of {answer['runs']} inside the interval")
+    for mean in answer["mean_relative_errors"]:
+        found = mean["relative_error"]
+        print(f"mean error of {mean['runs']} runs of prediction {mean['sha256'][:12]}: {found['value']:+.2%}, 95% from "
+              f"{found['low']:+.2%} to {found['high']:+.2%} (Student, over seeds)")
+
+
+def report() -> dict:
+    """Tables, pictures and a verdict from what is there."""
+    directory = FLAGS.output or os.path.join(_workdir(), "report")
+    points, excluded, lost = ladder.ladder_points(_csv(), parse_columns(FLAGS.columns), FLAGS.exclude)
+    answer = ladder_report.summarise(points, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed)
+    if FLAGS.against:
+        theirs = os.path.join(FLAGS.against, ladder.CSV_FILE)
+        other, _, _ = ladder.ladder_points(theirs, parse_columns(FLAGS.columns), FLAGS.exclude)
+        answer["crossing"] = ladder_report.crossing(points, other, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed)
+        answer["verdict"] += ladder_report.compared(answer["crossing"], _workdir(), FLAGS.against)
+    answer["scores"] = ladder.scores(_runs())
+    answer["excluded_by"], answer["diverged"] = excluded, lost
+    found = ladder.read_plan(_workdir())
+    if found and (results := ladder.results_of(found)):
+        answer["total"] = total_cost(results)
+        answer["verdict"].append(cost_in_words(answer["total"]))
+    os.makedirs(directory, exist_ok=True)
+    largest = max([10 * float(points.flops_P.max()), *(row["flops"] for row in answer["scores"])])
+    ladder_report.draw(os.path.join(directory, "report.png"), points, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed,
+                       answer["backtests"], ladder_report.loss_curves(found["trunks"] + found["rungs"]) if found else {},
+                       answer["scores"], largest)
+    ladder_report.write(directory, answer, points, lost)
+    return answer | {"directory": directory}
+
+
+def show_report(answer: dict) -> None:
+    print("\n".join(answer["verdict"]))
+    if answer["diverged"]:
+        print(f"left out, diverged: {', '.join(answer['diverged'])}")
+    if answer["scores"]:
+        show_score(ladder.score_summary(answer["scores"]))
+    print(f"{answer['directory']}: report.md, report.png, report.json")
+
+
+def _runs() -> list[str]:
+    """Those of --run, else WORKDIR and the directories in it."""
+    if FLAGS.run:
+        return FLAGS.run
+    if not os.path.isdir(_workdir()):
+        raise InputError("--workdir", f"{FLAGS.workdir} does not exist", "name a ladder's directory")
+    return [FLAGS.workdir, *sorted(entry.path for entry in os.scandir(FLAGS.workdir) if entry.is_dir())]
+
+
+def _csv() -> str:
+    return FLAGS.csv or os.path.join(_workdir(), ladder.CSV_FILE)
+
+
+def _workdir() -> str:
+    if not FLAGS.workdir:
+        raise InputError("--workdir", "is missing", "name a directory for the ladder")
+    return FLAGS.workdir
+
+
+VERBS = {"plan": (plan, show_plan), "run": (run, show_run), "fit": (fit, show), "predict": (predict, show_prediction),
+         "score": (score, show_score), "report": (report, show_report)}
+
+
+def main(argv: list[str]) -> int:
     verb = argv[1] if len(argv) > 1 else ""
     if verb not in VERBS or len(argv) > 2:
         problem = f"unexpected {argv[2]!r}" if verb in VERBS else f"unknown {verb!r}" if verb else "is missing"
         raise InputError("verb", problem, f"choose from: {', '.join(VERBS)}" if verb not in VERBS else "give flags with --")
-    answer = VERBS[verb]()
+    compute, tell = VERBS[verb]
+    answer = compute()
     if FLAGS.json:
         command_line.print_json(answer)
     else:
-        show(answer)
+        tell(answer)
+    return 1 if verb == "run" and answer["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -15,19 +15,15 @@ import hashlib
 import itertools
 import json
 import os
-import subprocess
-import sys
-import time
 from typing import Any, Iterable, Mapping, Sequence
 
-from absl import flags, logging
-from tqdm import tqdm
+from absl import flags
 
 from experiments import command_line
+from experiments.cells import CELL_FILE, cost_in_words, run_cells, status, total_cost
 from research.config import nearest, override, parse_assignments
-from research.errors import InputError, Interrupted
-from research.scaling.planner import total_costs
-from research.schema import COMPILED, CONFIG_FILE, EXIT_INTERRUPTED, RESULT_FILE, Config
+from research.errors import InputError
+from research.schema import RESULT_FILE, Config
 from research.training.program import make_program
 from research.training.workdir import read_config
 
@@ -45,7 +41,7 @@ flags.DEFINE_float("minutes", None, "Stop cleanly after so long (exit code 75); 
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
-RESULTS_FILE, CELL_FILE = "results.jsonl", "cell.json"
+RESULTS_FILE = "results.jsonl"
 
 
 def product(*axes: Iterable[Mapping]) -> list[Cell]:
@@ -123,79 +119,6 @@ def planned(cells: Sequence[Cell], preset: Config, workdir: str) -> list[dict[st
     return rows
 
 
-def status(run: str) -> str:
-    if os.path.exists(os.path.join(run, RESULT_FILE)):
-        return "finished"
-    return "started" if os.path.exists(os.path.join(run, CONFIG_FILE)) else "missing"
-
-
-def command(cell: Cell, run: str, minutes: float | None) -> list[str]:
-    words = [sys.executable, "-m", "experiments.train", f"--config={FLAGS.config}", f"--workdir={run}"]
-    words += [f"--set={key}={_text(value)}" for key, value in cell.items()]
-    return words + ([f"--minutes={minutes:.3f}"] if minutes is not None else [])
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(_text, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def run_cells(rows: Sequence[dict[str, Any]], jobs: int, minutes: float | None) -> list[str]:
-    """Runs what isn't finished, `jobs` at a time; returns the cells that failed.
-
-    Raises:
-      Interrupted: the minutes are over; started cells have saved and go on with the next call.
-    """
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    waiting = [row for row in rows if row["status"] != "finished"]
-    running: dict[subprocess.Popen, dict[str, Any]] = {}
-    failed, over = [], False
-    bar = tqdm(total=len(rows), initial=len(rows) - len(waiting), desc="cells", unit="cell", disable=not sys.stderr.isatty())
-    try:
-        while waiting or running:
-            left = None if deadline is None else (deadline - time.monotonic()) / 60
-            over = over or (left is not None and left <= 0)
-            while waiting and len(running) < jobs and not over:
-                row = waiting.pop(0)
-                os.makedirs(row["workdir"], exist_ok=True)
-                with open(os.path.join(row["workdir"], CELL_FILE), "w") as file:
-                    json.dump(row["overrides"], file)
-                log = open(os.path.join(row["workdir"], "log.txt"), "ab")
-                shared = {"RUNG_CACHE": os.path.join(FLAGS.workdir, COMPILED)} | os.environ  # cells compile much the same
-                process = subprocess.Popen(command(row["overrides"], row["workdir"], left), stdout=log, stderr=log, env=shared)
-                log.close()
-                running[process] = row
-            if over and not running:
-                raise Interrupted(f"the minutes are over, {len(waiting) + len(failed)} cells to go; the same command goes on")
-            for process in [p for p in running if p.poll() is not None]:
-                row = running.pop(process)
-                if process.returncode == EXIT_INTERRUPTED:
-                    waiting.append(row)
-                    over = True
-                elif process.returncode:
-                    failed.append(row["cell"])
-                    logging.warning("cell %s failed (exit code %d): %s", row["cell"], process.returncode,
-                                    last_line(row["workdir"]))
-                else:
-                    bar.update(1)
-                    logging.info("cell %s finished: %s", row["cell"], row["overrides"])
-            time.sleep(0.1)
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        bar.close()
-    return failed
-
-
-def last_line(run: str) -> str:
-    with open(os.path.join(run, "log.txt"), errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
 def results(workdir: str) -> list[dict[str, Any]]:
     """The finished cells' rows, sorted by loss; written to results.jsonl whole."""
     rows = []
@@ -230,20 +153,9 @@ def report(workdir: str) -> list[dict[str, Any]]:
                    for name in ("final_eval_loss", "final_eval_loss_se", "bits_per_byte")]
         lines.append("| " + " | ".join([row["cell"], *values, *figures, f"{row['tokens_per_second']:,.0f}"]) + " |")
     with open(os.path.join(workdir, "report.md"), "w") as file:
-        file.write("\n".join(lines) + f"\n\n{costs(rows)}\n")
+        file.write("\n".join([*lines, "", cost_in_words(total_cost(rows))]) + "\n")
     draw(rows, varied, os.path.join(workdir, "report.png"))
     return rows
-
-
-def costs(rows: Sequence[dict[str, Any]]) -> str:
-    """What the finished cells took together, as a line."""
-    total = total_costs(rows)
-    words = [f"{total['runs']} finished cells: {total['chip_seconds'] / 3600:.3g} chip-hours"]
-    for name, unit in (("cost", "USD"), ("energy_kwh", "kWh")):
-        figure = total[name]
-        known = figure and f"{figure['value']:.3g} {unit} ({figure['low']:.3g} to {figure['high']:.3g})"
-        words.append(known or f"{unit} unknown")
-    return ", ".join(words)
 
 
 def draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], path: str) -> None:
@@ -282,7 +194,7 @@ def main(argv: list[str]) -> int:
     if verb == "report":
         rows = report(FLAGS.workdir)
         if FLAGS.json:
-            command_line.print_json({"results": rows, "total": total_costs(rows)})
+            command_line.print_json({"results": rows, "total": total_cost(rows)})
         else:
             print(open(os.path.join(FLAGS.workdir, "report.md")).read() + f"\n{os.path.join(FLAGS.workdir, 'report.png')}")
         return 0
@@ -298,10 +210,10 @@ def main(argv: list[str]) -> int:
                       f"{row['flops']:.3g} FLOPs  {row['overrides']}")
             print(f"{len(rows)} cells, {sum(r['flops'] for r in rows if r['status'] != 'finished'):.3g} FLOPs to go")
         return 0
-    failed = run_cells(rows, FLAGS.jobs, FLAGS.minutes)
+    failed = run_cells(rows, FLAGS.config, FLAGS.workdir, FLAGS.jobs, FLAGS.minutes)
     rows = report(FLAGS.workdir)
     if FLAGS.json:
-        command_line.print_json({"results": rows, "failed": failed, "total": total_costs(rows)})
+        command_line.print_json({"results": rows, "total": total_cost(rows), "failed": failed})
     else:
         print(open(os.path.join(FLAGS.workdir, "report.md")).read())
     return 1 if failed else 0

@@ -190,7 +190,8 @@ class OptimConfig(Node):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Node):
-    """`*_every` are in steps, 0 = never; `init_from` is a run directory whose parameters are loaded by path.
+    """`*_every` are in steps, 0 = never; `init_from` is a run directory whose parameters are loaded by path; `branch_from`,
+    RUN@STEP, one whose checkpoint of that step this run goes on from: state, data and step number.
 
     `ema`: decay of the moving average of the parameters that is evaluated, sampled and exported instead of them, 0 = off.
     `stop_after_flat`: end the run ("saturated") after so many evaluations of the first set without an improvement beyond
@@ -207,6 +208,7 @@ class TrainConfig(Node):
     sample_every: Natural = 0
     sample_prompt: str = "def "
     init_from: str | None = None
+    branch_from: str | None = None
     ema: Fraction = 0.0
     average: Natural = 0
     stop_after_flat: Natural = 0
@@ -215,6 +217,8 @@ class TrainConfig(Node):
         if self.batch_size % self.microbatches:
             raise InputError("microbatches", f"{self.microbatches} does not divide train.batch_size={self.batch_size}",
                              "choose a divisor")
+        if self.branch_from and self.init_from:
+            raise InputError("branch_from", "and init_from both say what the run begins with", "give one of the two")
         if self.stop_after_flat and not self.eval_every:
             raise InputError("stop_after_flat", f"{self.stop_after_flat} counts evaluations, and eval_every is 0",
                              "set train.eval_every")
@@ -235,7 +239,8 @@ class MeshConfig(Node):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Node):
-    """When to save (0 = never by that clock; always at the end) and what to keep: the `keep_last` newest good ones.
+    """When to save (0 = never by that clock; always at the end) and what to keep: the `keep_last` newest good ones,
+    multiples of `keep_every`, and the steps `keep_at`, which are saved, too.
 
     `on_full`: when a save finds the disk full, go on training (and try again when the next is due), or stop with exit code 75.
     """
@@ -244,6 +249,7 @@ class CheckpointConfig(Node):
     every_minutes: NonNegative = 5.0
     keep_last: Positive = 2
     keep_every: Natural = 0
+    keep_at: tuple[Natural, ...] = ()
     on_full: Literal["continue", "stop"] = "continue"
 
 

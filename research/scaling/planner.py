@@ -280,17 +280,3 @@ def _sources(question: Question) -> dict[str, str]:
         "serving": f"a decode step of {question.serving.batch} sequences at context {question.serving.context}, "
                    f"{question.serving.bits} bits: the slower of reading weights and cache (bandwidth x "
                    f"{question.bandwidth_share.low:g} to {question.bandwidth_share.high:g}) and computing (at utilization)"}
-
-
-def total_costs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What finished runs took together, from their result.json: chip_seconds, and cost (USD) and energy_kwh as {"value", "low",
-    "high"} (bounds add up), None where one of the runs doesn't know its own."""
-
-    def total(name: str) -> dict[str, float] | None:
-        figures = [result[name] for result in results]
-        if not figures or None in figures:
-            return None
-        return {key: sum(figure[key] for figure in figures) for key in ("value", "low", "high")}
-
-    return {"runs": len(results), "chip_seconds": sum(result["chip_seconds"] for result in results), "cost": total("cost"),
-            "energy_kwh": total("energy_kwh")}

@@ -39,9 +39,9 @@ def describe_arrays(params: Any) -> dict[str, list]:
 
 
 def steps_to_delete(steps: Sequence[int], good: Callable[[int], bool], config: CheckpointConfig, average: int) -> list[int]:
-    """The steps that `config` doesn't keep: older than the `keep_last` newest **good** ones, no multiple of `keep_every`, and
-    none of the last `average` that are due (averaging.py). While fewer than `keep_last` are good, none is deleted."""
-    kept = set(averaged_steps(steps, config.every_steps, average)) if average else set()
+    """The steps that `config` doesn't keep: older than the `keep_last` newest **good** ones, no multiple of `keep_every`, not
+    in `keep_at`, none of the last `average` that are due (averaging.py). While fewer than `keep_last` are good, none is."""
+    kept = set(config.keep_at) | set(averaged_steps(steps, config.every_steps, average) if average else ())
     found, doomed = 0, []
     for step in sorted(steps, reverse=True):
         if found < config.keep_last:
@@ -193,7 +193,7 @@ class Checkpointer:
                 continue
             try:
                 self._check(saved)
-                restored = self._load(abstract, saved)
+                restored = _load(self._writer, self._directory / str(saved), abstract, saved)
                 break
             except BrokenStep as error:
                 logging.warning("%s", error)
@@ -245,20 +245,6 @@ class Checkpointer:
         if flaw := self._flaw(step, items):
             raise BrokenStep(step, flaw)
 
-    def _load(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        place = self._directory / str(step)
-        meta = self._writer.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        _same_arrays(meta["params"], describe_arrays(abstract.params))
-        items = {"params": ocp.args.StandardRestore(abstract.params), "optimizer": ocp.args.StandardRestore(abstract.optimizer),
-                 "keys": ocp.args.StandardRestore({"root": abstract.key}), "data": ocp.args.JsonRestore()}
-        if abstract.ema is not None:
-            items["averaged"] = ocp.args.StandardRestore(abstract.ema)
-        saved = self._writer.restore(place, args=ocp.args.Composite(**items))
-        _verify({name: saved[name] for name in items if name != "data"}, manifest.read_manifest(place, step), step)
-        step_array = jax.device_put(jnp.int32(step), abstract.step.sharding)
-        ema = None if abstract.ema is None else saved["averaged"]
-        return TrainState(step_array, saved["params"], saved["optimizer"], saved["keys"]["root"], ema), saved["data"]
-
     def wait(self) -> None:
         """Until the save in the background is done; raises what went wrong in it, but for a full disk."""
         saving, self._saving = self._saving, None
@@ -271,6 +257,37 @@ class Checkpointer:
         finally:
             self._pool.shutdown()
             self._writer.close()
+
+
+def _load(reader: Any, place: epath.Path, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+    """The state and `data` of the step at `place`. Raises BrokenStep; InputError where the parameters differ."""
+    meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    _same_arrays(meta["params"], describe_arrays(abstract.params))
+    items = {"params": ocp.args.StandardRestore(abstract.params), "optimizer": ocp.args.StandardRestore(abstract.optimizer),
+             "keys": ocp.args.StandardRestore({"root": abstract.key}), "data": ocp.args.JsonRestore()}
+    if abstract.ema is not None:
+        items["averaged"] = ocp.args.StandardRestore(abstract.ema)
+    saved = reader.restore(place, args=ocp.args.Composite(**items))
+    _verify({name: saved[name] for name in items if name != "data"}, manifest.read_manifest(place, step), step)
+    step_array = jax.device_put(jnp.int32(step), abstract.step.sharding)
+    ema = None if abstract.ema is None else saved["averaged"]
+    return TrainState(step_array, saved["params"], saved["optimizer"], saved["keys"]["root"], ema), saved["data"]
+
+
+def load_state(run_at_step: str, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The whole state of another run, `RUN@STEP`, and what was saved as `data`; nothing is moved or changed there.
+
+    Raises:
+      InputError: not RUN@STEP, no such checkpoint, other parameters; BrokenStep: the step isn't what was saved.
+    """
+    run, at, number = run_at_step.rpartition("@")
+    if not at or not number.isdigit():
+        raise InputError("train.branch_from", f"{run_at_step!r} is not RUN@STEP", "e.g. runs/trunk@1000")
+    step = checkpoint_step(run, int(number), "train.branch_from")
+    place = epath.Path(run).absolute() / CHECKPOINTS / number
+    check_step(place, step)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return _load(reader, place, abstract, step)
 
 
 def _arrays(state: TrainState, averaged: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import sys
 import time
 from typing import Any, Callable, Iterator, Mapping
@@ -24,7 +23,16 @@ from research.data import pipeline
 from research.data.loader import Loader
 from research.data.mixture import sample_at
 from research.errors import InputError, Interrupted
-from research.schema import PREDICTION_FILE, RESULT_FILE, TOKENIZER, Config
+from research.scaling.prediction import (
+    CLOCKS,
+    Prediction,
+    check_before,
+    check_target,
+    read_prediction,
+    registered,
+    stored_prediction,
+)
+from research.schema import LEDGER_PREFIX, PREDICTION_FILE, RESULT_FILE, TOKENIZER, Config
 from research.training import step as steps
 from research.training.averaging import averages, evaluation_params
 from research.training.checkpoint import Checkpointer
@@ -36,10 +44,10 @@ from research.training.mirrors import Announced, WandbMirror, check_wandb
 from research.training.preemption import exit_on_sigterm, stop_requests
 from research.training.program import BATCH_FIELDS, make_program
 from research.training.replicas import disagreements
-from research.training.reporting import evaluate_sets, finish, model_utilization, sample_text, saturated
+from research.training.reporting import evaluate_sets, finish, model_utilization, sample_text, saturated, show_prediction
 from research.training.running import Running, learn, roll_back, start_at
 from research.training.session import Launch, Session, evaluated_until
-from research.training.workdir import Ledger, Lock, check_config, write_config
+from research.training.workdir import Ledger, Lock, check_config, read_rows, write_config, write_json
 
 
 def run(config: Config, launch: Launch) -> dict[str, Any]:
@@ -59,8 +67,9 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
           contextlib.ExitStack() as stack, gang.failures()):
         program = make_program(config)
         known = check_config(workdir, config) if workdir.exists() else False
-        if launch.prediction and not os.path.exists(launch.prediction):
-            raise InputError("--prediction", f"{launch.prediction} does not exist", "name the file that predict wrote")
+        prediction = read_prediction(launch.prediction) if launch.prediction else None
+        if prediction:
+            check_target(prediction, config)
         data = pipeline.prepare(config.data, config.model.vocab_size, config.seed, quiet=launch.quiet)
         if data.tokenizer.vocab_size > config.model.vocab_size:
             raise InputError("model.vocab_size",
@@ -72,6 +81,7 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
         checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint, config.train.average))
         result = json.loads((workdir / RESULT_FILE).read_text()) if (workdir / RESULT_FILE).exists() else None
         if result and checkpointer.latest_step() == result["steps"]:
+            _register(workdir, prediction, result["steps"])
             logging.info("%s has %s at step %d already", workdir, result["status"], result["steps"])
             announced.finished(result)
             return result
@@ -80,7 +90,8 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
         start = running.number
         learn(running, config, workdir)
         if first:
-            _open_workdir(workdir, config, launch, data, known, start)
+            newly = _register(workdir, prediction, start)
+            _open_workdir(workdir, config, data, known)
             stack.callback(goodput.close)
         evaluated = evaluated_until(workdir, start)
         mirror = WandbMirror(launch.wandb, config, name, os.fspath(workdir)) if first and launch.wandb else None
@@ -89,16 +100,20 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
             stack.callback(recorder.close)
             recorder.hparams(config, name)
             recorder.layout([validation.name for validation in config.data.validation])
+        prediction = stored_prediction(workdir) if first else None
         ledger = gang.ledger = Ledger(workdir) if first else None
         bar = stack.enter_context(_progress(config, start, launch.quiet))
         session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock, goodput,
                           steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
-                          evaluation_params(config, program.layout.shardings.params), evaluated, gang)
+                          evaluation_params(config, program.layout.shardings.params), evaluated, gang, prediction)
         with clock.measure("compiling"):
             checkpointer.prepare(running.state, session.averaged(running.state) if averages(config) else None)
             disagreements(running.state)
         session.note_checkpoints()
         session.note("resumed" if start else "started", start)
+        if first and newly:
+            session.note("predicted", start, **{name: prediction[name] for name in ("value", "low", "high", "law", "sha256")})
+        show_prediction(session, start)
         _train(session, running)
         with clock.measure("saving"):
             result = finish(session, running.state, running.number, running.dispatched)
@@ -106,15 +121,27 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
         return result
 
 
-def _open_workdir(workdir: epath.Path, config: Config, launch: Launch, data: Any, known: bool, start: int) -> None:
+def _register(workdir: epath.Path, prediction: Prediction | None, start: int) -> bool:
+    """Stores a prediction that is new here, at step 0 and before the run began; True where it did."""
+    if prediction is None:
+        return False
+    if stored := stored_prediction(workdir):
+        if stored["sha256"] != prediction["sha256"]:
+            raise InputError("--prediction", f"{workdir} has another one registered", "keep that one: leave the flag out")
+        return False
+    if start:
+        raise InputError("--prediction", f"the run is at step {start} already", "register a prediction before step 0")
+    begun = [row["time"] for row in read_rows(workdir, LEDGER_PREFIX)[:1]]
+    check_before(prediction, begun[0] if begun else time.time() + CLOCKS)
+    write_json(workdir / PREDICTION_FILE, registered(prediction))
+    return True
+
+
+def _open_workdir(workdir: epath.Path, config: Config, data: Any, known: bool) -> None:
     write_config(workdir, config, data.corpus_hash)
     if not known or not (workdir / TOKENIZER).exists():
         (workdir / TOKENIZER).mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(os.fspath(workdir / TOKENIZER))
-    if launch.prediction and not (workdir / PREDICTION_FILE).exists():
-        if start:
-            raise InputError("--prediction", f"the run is at step {start} already", "register a prediction before step 0")
-        shutil.copyfile(launch.prediction, os.fspath(workdir / PREDICTION_FILE))
 
 
 def _peak_flops(config: Config) -> float | None:
@@ -247,7 +274,8 @@ def _profile(session: Session, done: int) -> Iterator[None]:
 
 def _save_due(config: Config, number: int, saved_at: float) -> bool:
     every, minutes = config.checkpoint.every_steps, config.checkpoint.every_minutes
-    return bool(every and number % every == 0) or bool(minutes and time.monotonic() - saved_at > 60 * minutes)
+    by_steps = number in config.checkpoint.keep_at or (every and number % every == 0)
+    return bool(by_steps or (minutes and time.monotonic() - saved_at > 60 * minutes))
 
 
 def _report(session: Session, speed: Speed, number: int, values: Mapping[str, float]) -> None:

@@ -90,6 +90,7 @@ class Recorder:
         losses = ["train/loss$", *(f"eval_{name}/loss$" for name in sets)]
         self._board.add_custom_scalars({
             "loss": {"train and held out": ["Multiline", losses],
+                     "held out and predicted": ["Multiline", [*losses[1:2], "prediction/"]],
                      "by position": ["Multiline", [f"eval_{sets[0]}/by_position/"] if sets else ["train/loss$"]]},
             "speed": {"tokens a second": ["Multiline", ["speed/tokens_per_second$"]], "MFU": ["Multiline", ["speed/mfu$"]],
                       "seconds a step": ["Multiline", ["speed/step_seconds_p50$", "speed/step_seconds_p95$"]],

@@ -16,6 +16,7 @@ from research.decoding.sampling import Sampling
 from research.errors import InputError
 from research.evaluation.perplexity import Evaluation, evaluate, flat_evaluations
 from research.params import params_sha256
+from research.scaling.prediction import score
 from research.schema import SCHEMA_VERSION, evaluation_file
 from research.training.averaging import averaged_steps, mean_of
 from research.training.metrics import finite, run_name
@@ -49,7 +50,29 @@ def evaluate_sets(session: Session, params: Any, number: int, suffix: str = "") 
             session.evaluated[number, name] = result["loss"], result["se"]
             logging.info("step %d  %s: loss %.4f +- %.4f nats/token, perplexity %.2f, %.4f bits/byte", number, name,
                          result["loss"], result["se"], result["perplexity"], result["bits_per_byte"])
+    if results and session.prediction:
+        show_prediction(session, number)
+        watch_prediction(session, number, next(iter(results.values())).summary["loss"])
     return results
+
+
+def show_prediction(session: Session, number: int) -> None:
+    """The predicted band at this step: lines beside the held-out loss."""
+    if session.prediction and session.recorder:
+        for name in ("low", "value", "high"):
+            session.recorder.scalar(number, f"prediction/{name}", session.prediction[name])
+
+
+def watch_prediction(session: Session, number: int, loss: float) -> None:
+    """Tells the ledger, once a launch, that the held-out loss leaves the band: below it at any time, above it at the end."""
+    low, high = session.prediction["low"], session.prediction["high"]
+    ends = number == session.program.config.train.steps
+    if session.left_band or not (loss < low or (ends and not loss <= high)):
+        return
+    session.left_band = True
+    reason = f"the held-out loss {loss:.4f} is outside the predicted {low:.4f} to {high:.4f}"
+    session.note("alarm", number, reason=reason)
+    logging.warning("step %d: %s", number, reason)
 
 
 def sample_text(session: Session, params: Any, number: int) -> str:
@@ -107,6 +130,7 @@ def finish(session: Session, state: TrainState, steps_done: int, trained: int) -
         "goodput": {name: round(value, 3) for name, value in session.goodput.seconds().items()},
         "chip_seconds": session.goodput.chip_seconds(), **hardware_costs(session.goodput.chip_seconds()),
         "corpus_sha256": session.data.corpus_hash, "params_sha256": params_sha256(state.params), "sample": text,
+        "prediction": score(session.prediction, first["loss"] if first else None) if session.prediction else None,
     }
     if session.recorder:
         final = {"train/final_eval_loss": first["loss"], "train/bits_per_byte": first["bits_per_byte"]} if first else {}
@@ -117,6 +141,8 @@ def finish(session: Session, state: TrainState, steps_done: int, trained: int) -
         for name, evaluation in measured.items():
             write_documents(session.workdir, name, evaluation)
         write_result(session.workdir, result)
+    if scored := result["prediction"]:
+        session.note("scored", steps_done, **{name: scored[name] for name in ("error", "relative_error", "covered", "sha256")})
     session.note("finished", steps_done, reason=status, final_eval_loss=result["final_eval_loss"])
     return result
 

@@ -12,7 +12,7 @@ from research.data.loader import documents_between
 from research.data.mixture import Skips, sample_at, with_skip
 from research.errors import Diverged, InputError
 from research.schema import LEDGER_PREFIX, Config
-from research.training.checkpoint import Checkpointer, initialise_from
+from research.training.checkpoint import Checkpointer, initialise_from, load_state
 from research.training.goodput import Clock
 from research.training.guard import Alarm, Guard, Rollback, decide, rollbacks_of, story
 from research.training.program import Program
@@ -46,11 +46,13 @@ class Running:
 
 
 def start_at(program: Program, checkpointer: Checkpointer, clock: Clock) -> Running:
-    """As it was at the newest good checkpoint; where none is saved, fresh (from `train.init_from` where that is given)."""
+    """As it was at the newest good checkpoint; where none is saved, as `train.branch_from` is, or fresh (with the weights of
+    `train.init_from`)."""
     config = program.config
-    if checkpointer.saved_steps():
+    if checkpointer.saved_steps() or config.train.branch_from:
         with clock.measure("restoring"):
-            state, data = checkpointer.restore(program.abstract)
+            state, data = (checkpointer.restore(program.abstract) if checkpointer.saved_steps() else
+                           load_state(config.train.branch_from, program.abstract))
         number, skips = int(jax.device_get(state.step)), tuple(map(tuple, data["skips"]))
         if data["sample"] != sample_at(number * config.train.batch_size, skips):
             raise InputError("train.batch_size", f"the checkpoint is at sample {data['sample']} of step {number}",

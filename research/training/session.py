@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from research.errors import Interrupted
+from research.scaling.prediction import Prediction
 from research.schema import HEARTBEAT, METRICS_PREFIX, Config
 from research.training.checkpoint import Checkpointer
 from research.training.gang import Gang
@@ -57,6 +58,8 @@ class Session:
     averaged: Any  # state -> the parameters to evaluate
     evaluated: dict[tuple[int, str], tuple[float, float]]  # (step, set) -> (loss, se)
     gang: Gang
+    prediction: Prediction | None = None  # what was registered at step 0
+    left_band: bool = False  # whether the ledger has been told
 
     def note(self, event: str, step: int, **details: Any) -> None:
         """A line of the ledger, on the process that keeps it."""

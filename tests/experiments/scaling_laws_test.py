@@ -50,7 +50,7 @@ def test_fit_prints_a_table(runs):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["predict"], "verb: unknown 'predict'; choose from: fit"),
+    (["guess"], "verb: unknown 'guess'; choose from: plan, run, fit, predict, score, report"),
     (["fit", "--csv={runs}", "--columns=params=N,flops=C,loss=L"], "it has Model Size, Training FLOP, final loss"),
 ])
 def test_bad_input_is_one_line(runs, arguments, message):

@@ -221,12 +221,3 @@ def test_machines_that_are_refused():
                                       ("v4", 1, "float8_e4m3fn", "no published peak")):
         with pytest.raises(InputError, match=words):
             planner.machine(chip, chips, dtype)
-
-
-def test_a_sweep_costs_the_sum_of_its_runs_and_says_what_it_does_not_know():
-    known = {"chip_seconds": 7200.0, "cost": {"value": 2.0, "low": 1.0, "high": 3.0}, "energy_kwh": None}
-    other = {"chip_seconds": 1.0, "cost": {"value": 1.0, "low": 0.5, "high": 1.0},
-             "energy_kwh": {"value": 1.0, "low": 1.0, "high": 1.0}}
-    assert planner.total_costs([known, other]) == {"runs": 2, "chip_seconds": 7201.0, "energy_kwh": None,
-                                                   "cost": {"value": 3.0, "low": 1.5, "high": 4.0}}
-    assert planner.total_costs([]) == {"runs": 0, "chip_seconds": 0, "cost": None, "energy_kwh": None}

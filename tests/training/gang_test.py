@@ -166,7 +166,7 @@ def test_an_abort_is_75_only_where_a_process_is_lost(tmp_path, monkeypatch):
 
 
 def test_a_failed_collective_names_who_was_lost_in_a_phase_that_is_given_more_time(tmp_path, monkeypatch):
-    """Its last sign of life may be from compiling, where the judge waits longer: seen where it was killed in its first steps."""
+    """Its last sign of life may be from compiling, where the judge waits longer: killed in its first steps."""
     monkeypatch.setattr(Gang, "_exit", lambda self, code: sys.exit(code))
     monkeypatch.setattr(gang.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(gang.distributed.global_state, "client", Store())
