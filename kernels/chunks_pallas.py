@@ -1,0 +1,234 @@
+"""Recurrences over rows as Pallas TPU kernels: chunk after chunk with the state in VMEM, and their derivative.
+
+A kernel is two functions of one chunk: `common`, of what its heads share, and `head`, of one head and its state. The
+forward kernel runs them along the row and, where a gradient is to follow, writes the state before each chunk. The backward
+kernel goes along the row from its end with the state's cotangent in VMEM: it makes a chunk's values again from the
+state before it and pulls the cotangents through them (`jax.vjp` of the same two functions, inside the kernel). So
+what a recurrence has to say is its forward chunk alone, and memory is the arguments and one state a chunk.
+
+M chunks of Q tokens; P programs of R heads each; G groups that share, P a multiple of G. Any Q, R and widths: a
+block is whole along all of its axes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Arrays = tuple[jax.Array, ...]
+
+
+class Kernel(NamedTuple):
+    """common(dtype, shared, fixed) -> arrays; head(dtype, tokens, shared, common, fixed, state) -> (y, state).
+
+    All float arguments come as float32 (Q, ...) values, those of one number a token and head as (1, Q); `dtype` is
+    that of the first token array, for the operands of matrix products. `name`: of the calls, with _forward and _backward.
+    """
+
+    name: str
+    common: Callable[..., Arrays]
+    head: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def _call(body: Callable, name: str, ins: list, outs: list, scratch: jax.ShapeDtypeStruct, grid: tuple, back: bool):
+    """`body` at (b, p, m), m from the end if `back`. ins: arrays; outs: shapes. (B, M, P', ...), or (B, P, ...) for states.
+
+    Which of the two, and P', are told by a leading tag: (array, chunked).
+    """
+    B, P, M = grid
+
+    def spec(shape: tuple[int, ...], chunked: bool) -> pl.BlockSpec:
+        own = shape[2 if chunked else 1]
+        block = (None,) * (3 if chunked else 2) + shape[3 if chunked else 2 :]
+
+        def index(b, p, m):
+            m = M - 1 - m if back else m
+            place = (b, m, jax.lax.div(p, P // own)) if chunked else (b, p)  # `//` would ask which TPU this is
+            return place + (0,) * (len(shape) - len(place))
+
+        return pl.BlockSpec(block, index)
+
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=[spec(x.shape, chunked) for x, chunked in ins],
+        out_specs=[spec(x.shape, chunked) for x, chunked in outs],
+        out_shape=[x for x, _ in outs],
+        scratch_shapes=[pltpu.VMEM(scratch.shape, scratch.dtype)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        name=name,
+    )(*(x for x, _ in ins))
+
+
+def _like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    """Varies over the mesh axes that x varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def _groups(refs: tuple, *sizes: int) -> list[tuple]:
+    """The first sizes[0] of them, then sizes[1], ..., and the rest."""
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return [refs[a:b] for a, b in zip(ends, [*ends[1:], len(refs)])]
+
+
+def _wide(ref) -> jax.Array:
+    return ref[...].astype(jnp.float32) if jnp.issubdtype(ref.dtype, jnp.floating) else ref[...]
+
+
+def _of_head(ref, r: int) -> jax.Array:
+    """(Q, ...) of one head; (1, Q) where it has one number a token."""
+    return (ref[r] if len(ref.shape) > 2 else ref[r : r + 1]).astype(jnp.float32)
+
+
+def _set_head(ref, r: int, value: jax.Array) -> None:
+    if len(ref.shape) > 2:
+        ref[r] = value.astype(ref.dtype)
+    else:
+        ref[r : r + 1] = value.astype(ref.dtype)
+
+
+def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[Arrays, jax.Array, jax.Array | None]:
+    """(y_BxMxPxRxQxV in the first token array's dtype, state_BxPxRx.. after the row, starts_BxMxPxRx..)."""
+    (B, M, P, R), dtype = tokens[0].shape[:4], tokens[0].dtype
+    one = lambda x: jax.ShapeDtypeStruct(x.shape[4:] if x.ndim > 5 else (1, x.shape[-1]), jnp.float32)  # noqa: E731
+    rest = lambda x: jax.ShapeDtypeStruct(x.shape[3:], x.dtype)  # noqa: E731
+    now = [rest(x) for x in shared], [rest(x) for x in fixed]
+    common = jax.eval_shape(functools.partial(kernel.common, dtype), *now)
+    y, _ = jax.eval_shape(functools.partial(kernel.head, dtype), [one(x) for x in tokens], now[0], common, now[1],
+                          jax.ShapeDtypeStruct(state.shape[3:], jnp.float32))  # fmt: skip
+    x = tokens[0]
+    outs = [(_like(x, (B, M, P, R, *y.shape), dtype), True), (_like(x, state.shape, jnp.float32), False)]
+    if keep:
+        outs.append((_like(x, (B, M, *state.shape[1:]), jnp.float32), True))
+    sizes = len(tokens), len(shared), len(fixed)
+
+    def body(*refs):
+        tokens, shared, fixed, (start, y, last, *starts, carried) = _groups(refs, *sizes)
+
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            carried[...] = start[...]
+
+        shared, fixed = [_wide(x) for x in shared], [x[...] for x in fixed]
+        common = kernel.common(dtype, shared, fixed)
+        for r in range(R):
+            before = carried[r]
+            if keep:
+                starts[0][r] = before
+            y_QxV, after = kernel.head(dtype, [_of_head(x, r) for x in tokens], shared, common, fixed, before)
+            y[r] = y_QxV.astype(y.dtype)
+            carried[r] = after
+
+        @pl.when(pl.program_id(2) == M - 1)
+        def _():
+            last[...] = carried[...]
+
+    ins = [(x, True) for x in (*tokens, *shared, *fixed)] + [(state, False)]
+    out = _call(body, f"{kernel.name}_forward", ins, outs, jax.ShapeDtypeStruct(state.shape[2:], jnp.float32), (B, P, M), False)
+    return out[0], out[1], out[2] if keep else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(kernel: Kernel, tokens: Arrays, shared: Arrays, fixed: Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every head's row through `kernel`: (y_BxMxPxRxQxV in the first token array's dtype, the state after, float32).
+
+    Args:
+      tokens: (B, M, P, R, Q, ...), each head's own; first what gives the products their dtype.
+      shared: (B, M, G, ...), one for P / G programs. Their gradients are summed in float32.
+      fixed: (B, M, 1, ...), without a gradient.
+      state: (B, P, R, ...), float32, before the row.
+    """
+    return _forward(kernel, tokens, shared, fixed, state, keep=False)[:2]
+
+
+def _scan_forward(kernel, tokens, shared, fixed, state):
+    y, last, starts = _forward(kernel, tokens, shared, fixed, state, keep=True)
+    return (y, last), (tokens, shared, fixed, starts)
+
+
+def _scan_backward(kernel, saved, cotangents):
+    (tokens, shared, fixed, starts), (dy, dlast) = saved, cotangents
+    (B, M, P, R), dtype = tokens[0].shape[:4], tokens[0].dtype
+    x = tokens[0]
+    outs = [(_like(x, a.shape, a.dtype), True) for a in tokens]
+    outs += [(_like(x, (B, M, P, *a.shape[3:]), jnp.float32), True) for a in shared]
+    outs.append((_like(x, dlast.shape, jnp.float32), False))
+    sizes = len(tokens), len(shared), len(fixed)
+
+    def body(*refs):
+        tokens, shared, fixed, (starts, dy, dlast), dtokens, dshared, (dfirst, carried) = _groups(refs, *sizes, 3, *sizes[:2])
+
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            carried[...] = dlast[...]
+
+        shared, fixed = [_wide(x) for x in shared], [x[...] for x in fixed]
+        common, pull_common = jax.vjp(lambda shared: kernel.common(dtype, shared, fixed), shared)
+        sums = jax.tree.map(jnp.zeros_like, (shared, common))
+        for r in range(R):
+            head = lambda *one: kernel.head(dtype, *one[:3], fixed, one[3])  # noqa: E731
+            _, pull = jax.vjp(head, [_of_head(x, r) for x in tokens], shared, common, starts[r])
+            grads, *more, carried[r] = pull((_of_head(dy, r), carried[r]))
+            sums = jax.tree.map(jnp.add, sums, tuple(more))
+            for ref, grad in zip(dtokens, grads, strict=True):
+                _set_head(ref, r, grad)
+        for ref, own, through in zip(dshared, sums[0], *pull_common(sums[1]), strict=True):
+            ref[...] = own + through
+
+        @pl.when(pl.program_id(2) == M - 1)
+        def _():
+            dfirst[...] = carried[...]
+
+    ins = [(a, True) for a in (*tokens, *shared, *fixed, starts, dy)] + [(dlast, False)]
+    scratch = jax.ShapeDtypeStruct(dlast.shape[2:], jnp.float32)
+    *grads, dfirst = _call(body, f"{kernel.name}_backward", ins, outs, scratch, (B, P, M), True)
+    dtokens, dshared = tuple(grads[: len(tokens)]), grads[len(tokens) :]
+    dshared = tuple(d.reshape(*a.shape[:3], -1, *a.shape[3:]).sum(3).astype(a.dtype) for d, a in zip(dshared, shared))
+    return dtokens, dshared, None, dfirst
+
+
+scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(dtype: jnp.dtype, a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """a and b, summed over these axes: operands in `dtype`, here and in the derivative, float32 out; float32 ones exactly."""
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    numbers = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), numbers, precision, preferred_element_type=jnp.float32)
+
+
+def _product_forward(dtype, a, b, axes):
+    return product(dtype, a, b, axes), (a, b)
+
+
+def _product_backward(dtype, axes, saved, dy):
+    (a, b), (i, j) = saved, axes
+    da = product(dtype, dy, b, (1, 1 - j)) if i else product(dtype, b, dy, (1 - j, 1))
+    db = product(dtype, dy, a, (0, 1 - i)) if j else product(dtype, a, dy, (1 - i, 0))
+    return da, db
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def column(row_1xQ: jax.Array) -> jax.Array:
+    """The same numbers as (Q, 1)."""
+    return row_1xQ.T
+
+
+column.defvjp(lambda row_1xQ: (column(row_1xQ), None), lambda _, d_Qx1: (d_Qx1.T,))
+
+
+def last(row_1xQ: jax.Array) -> jax.Array:
+    """Its last number, (1, 1)."""
+    Q = row_1xQ.shape[1]
+    at = jax.lax.broadcasted_iota(jnp.int32, (1, Q), 1) == Q - 1
+    return jnp.sum(jnp.where(at, row_1xQ, 0), axis=1, keepdims=True)
