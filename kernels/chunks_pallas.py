@@ -6,8 +6,8 @@ kernel goes along the row from its end with the state's cotangent in VMEM: it ma
 state before it and pulls the cotangents through them (`jax.vjp` of the same two functions, inside the kernel). So
 what a recurrence has to say is its forward chunk alone, and memory is the arguments and one state a chunk.
 
-M chunks of Q tokens; P programs of R heads each; G groups that share, P a multiple of G. Any Q, R and widths: a
-block is whole along all of its axes.
+M chunks of Q tokens; P programs of R heads each; G groups that share, P a multiple of G. A program's heads lie side
+by side in the lanes, as in the model: nothing is transposed but what has one number a token and head.
 """
 
 from __future__ import annotations
@@ -36,34 +36,35 @@ class Kernel(NamedTuple):
     head: Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def _call(body: Callable, name: str, ins: list, outs: list, scratch: jax.ShapeDtypeStruct, grid: tuple, back: bool):
-    """`body` at (b, p, m), m from the end if `back`. ins: arrays; outs: shapes. (B, M, P', ...), or (B, P, ...) for states.
-
-    Which of the two, and P', are told by a leading tag: (array, chunked).
-    """
-    B, P, M = grid
-
-    def spec(shape: tuple[int, ...], chunked: bool) -> pl.BlockSpec:
-        own = shape[2 if chunked else 1]
-        block = (None,) * (3 if chunked else 2) + shape[3 if chunked else 2 :]
-
-        def index(b, p, m):
-            m = M - 1 - m if back else m
-            place = (b, m, jax.lax.div(p, P // own)) if chunked else (b, p)  # `//` would ask which TPU this is
-            return place + (0,) * (len(shape) - len(place))
-
-        return pl.BlockSpec(block, index)
-
+def _call(body: Callable, name: str, ins: list, outs: list, scratch: tuple[int, ...], grid: tuple, back: bool) -> Arrays:
+    """`body` at every (b, p, m), m from the end if `back`. ins, outs: (array or shape, kind), see `_block`."""
     return pl.pallas_call(
         body,
         grid=grid,
-        in_specs=[spec(x.shape, chunked) for x, chunked in ins],
-        out_specs=[spec(x.shape, chunked) for x, chunked in outs],
+        in_specs=[_block(x.shape, kind, grid, back) for x, kind in ins],
+        out_specs=[_block(x.shape, kind, grid, back) for x, kind in outs],
         out_shape=[x for x, _ in outs],
-        scratch_shapes=[pltpu.VMEM(scratch.shape, scratch.dtype)],
+        scratch_shapes=[pltpu.VMEM(scratch, jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name=name,
     )(*(x for x, _ in ins))
+
+
+def _block(shape: tuple[int, ...], kind: str, grid: tuple[int, int, int], back: bool) -> pl.BlockSpec:
+    """Of program p in chunk m. wide: (B, M, Q, lanes of all programs); chunk: (B, M, P or a divisor, ...); row: (B, P, ...)."""
+    _, P, M = grid
+    at = lambda m: M - 1 - m if back else m  # noqa: E731
+    if kind == "wide":
+        return pl.BlockSpec((None, None, shape[2], shape[3] // P), lambda b, p, m: (b, at(m), 0, p))
+    rest = shape[3:] if kind == "chunk" else shape[2:]
+    if kind == "row":
+        return pl.BlockSpec((None, None, *rest), lambda b, p, m: (b, p) + (0,) * len(rest))
+    share = P // shape[2]  # `//` in the index would ask which TPU this is
+    return pl.BlockSpec((None, None, None, *rest), lambda b, p, m: (b, at(m), jax.lax.div(p, share)) + (0,) * len(rest))
+
+
+def _kind(x: jax.Array) -> str:
+    return "wide" if x.ndim == 4 else "chunk"
 
 
 def _like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
@@ -81,31 +82,24 @@ def _wide(ref) -> jax.Array:
     return ref[...].astype(jnp.float32) if jnp.issubdtype(ref.dtype, jnp.floating) else ref[...]
 
 
-def _of_head(ref, r: int) -> jax.Array:
-    """(Q, ...) of one head; (1, Q) where it has one number a token."""
-    return (ref[r] if len(ref.shape) > 2 else ref[r : r + 1]).astype(jnp.float32)
-
-
-def _set_head(ref, r: int, value: jax.Array) -> None:
-    if len(ref.shape) > 2:
-        ref[r] = value.astype(ref.dtype)
-    else:
-        ref[r : r + 1] = value.astype(ref.dtype)
+def _lanes(ref, kind: str, r: int, R: int) -> tuple[slice, slice]:
+    """Where head r's (Q, ...) lies, or its (1, Q) where it has one number a token."""
+    width = ref.shape[1] // R
+    return (slice(None), slice(r * width, (r + 1) * width)) if kind == "wide" else (slice(r, r + 1), slice(None))
 
 
 def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[Arrays, jax.Array, jax.Array | None]:
-    """(y_BxMxPxRxQxV in the first token array's dtype, state_BxPxRx.. after the row, starts_BxMxPxRx..)."""
-    (B, M, P, R), dtype = tokens[0].shape[:4], tokens[0].dtype
-    one = lambda x: jax.ShapeDtypeStruct(x.shape[4:] if x.ndim > 5 else (1, x.shape[-1]), jnp.float32)  # noqa: E731
-    rest = lambda x: jax.ShapeDtypeStruct(x.shape[3:], x.dtype)  # noqa: E731
-    now = [rest(x) for x in shared], [rest(x) for x in fixed]
-    common = jax.eval_shape(functools.partial(kernel.common, dtype), *now)
-    y, _ = jax.eval_shape(functools.partial(kernel.head, dtype), [one(x) for x in tokens], now[0], common, now[1],
-                          jax.ShapeDtypeStruct(state.shape[3:], jnp.float32))  # fmt: skip
+    """(y_BxMxQxPRV in the first token array's dtype, state_BxPxRx.. after the row, starts_BxMxPxRx.. or None)."""
+    (B, M, Q), (P, R), dtype, kinds = tokens[0].shape[:3], state.shape[1:3], tokens[0].dtype, [_kind(x) for x in tokens]
+    wide = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    one = [wide((Q, x.shape[3] // (P * R)) if x.ndim == 4 else (1, Q)) for x in tokens]
+    now, ids = [wide(x.shape[3:]) for x in shared], [jax.ShapeDtypeStruct(x.shape[3:], x.dtype) for x in fixed]
+    common = jax.eval_shape(functools.partial(kernel.common, dtype), now, ids)
+    y, _ = jax.eval_shape(functools.partial(kernel.head, dtype), one, now, common, ids, wide(state.shape[3:]))
     x = tokens[0]
-    outs = [(_like(x, (B, M, P, R, *y.shape), dtype), True), (_like(x, state.shape, jnp.float32), False)]
+    outs = [(_like(x, (B, M, Q, P * R * y.shape[1]), dtype), "wide"), (_like(x, state.shape, jnp.float32), "row")]
     if keep:
-        outs.append((_like(x, (B, M, *state.shape[1:]), jnp.float32), True))
+        outs.append((_like(x, (B, M, *state.shape[1:]), jnp.float32), "chunk"))
     sizes = len(tokens), len(shared), len(fixed)
 
     def body(*refs):
@@ -121,25 +115,26 @@ def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[
             before = carried[r]
             if keep:
                 starts[0][r] = before
-            y_QxV, after = kernel.head(dtype, [_of_head(x, r) for x in tokens], shared, common, fixed, before)
-            y[r] = y_QxV.astype(y.dtype)
-            carried[r] = after
+            own = [x[_lanes(x, kind, r, R)].astype(jnp.float32) for x, kind in zip(tokens, kinds)]
+            y_QxV, carried[r] = kernel.head(dtype, own, shared, common, fixed, before)
+            y[_lanes(y, "wide", r, R)] = y_QxV.astype(y.dtype)
 
         @pl.when(pl.program_id(2) == M - 1)
         def _():
             last[...] = carried[...]
 
-    ins = [(x, True) for x in (*tokens, *shared, *fixed)] + [(state, False)]
-    out = _call(body, f"{kernel.name}_forward", ins, outs, jax.ShapeDtypeStruct(state.shape[2:], jnp.float32), (B, P, M), False)
+    ins = [*zip(tokens, kinds), *((x, "chunk") for x in (*shared, *fixed)), (state, "row")]
+    out = _call(body, f"{kernel.name}_forward", ins, outs, state.shape[2:], (B, P, M), back=False)
     return out[0], out[1], out[2] if keep else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan(kernel: Kernel, tokens: Arrays, shared: Arrays, fixed: Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every head's row through `kernel`: (y_BxMxPxRxQxV in the first token array's dtype, the state after, float32).
+    """Every head's row through `kernel`: (y, wide, in the first token array's dtype; the state after, float32).
 
     Args:
-      tokens: (B, M, P, R, Q, ...), each head's own; first what gives the products their dtype.
+      tokens: each head's own, wide: (B, M, Q, P * R * width), or of one number: (B, M, P, R, Q); first a wide one,
+        which gives the products their dtype. Mosaic wants R * width to be a multiple of 128, or P = 1.
       shared: (B, M, G, ...), one for P / G programs. Their gradients are summed in float32.
       fixed: (B, M, 1, ...), without a gradient.
       state: (B, P, R, ...), float32, before the row.
@@ -154,11 +149,11 @@ def _scan_forward(kernel, tokens, shared, fixed, state):
 
 def _scan_backward(kernel, saved, cotangents):
     (tokens, shared, fixed, starts), (dy, dlast) = saved, cotangents
-    (B, M, P, R), dtype = tokens[0].shape[:4], tokens[0].dtype
+    (B, M), (P, R), dtype, kinds = tokens[0].shape[:2], dlast.shape[1:3], tokens[0].dtype, [_kind(x) for x in tokens]
     x = tokens[0]
-    outs = [(_like(x, a.shape, a.dtype), True) for a in tokens]
-    outs += [(_like(x, (B, M, P, *a.shape[3:]), jnp.float32), True) for a in shared]
-    outs.append((_like(x, dlast.shape, jnp.float32), False))
+    outs = [(_like(x, a.shape, a.dtype), kind) for a, kind in zip(tokens, kinds)]
+    outs += [(_like(x, (B, M, P, *a.shape[3:]), jnp.float32), "chunk") for a in shared]
+    outs.append((_like(x, dlast.shape, jnp.float32), "row"))
     sizes = len(tokens), len(shared), len(fixed)
 
     def body(*refs):
@@ -173,11 +168,12 @@ def _scan_backward(kernel, saved, cotangents):
         sums = jax.tree.map(jnp.zeros_like, (shared, common))
         for r in range(R):
             head = lambda *one: kernel.head(dtype, *one[:3], fixed, one[3])  # noqa: E731
-            _, pull = jax.vjp(head, [_of_head(x, r) for x in tokens], shared, common, starts[r])
-            grads, *more, carried[r] = pull((_of_head(dy, r), carried[r]))
+            own = [x[_lanes(x, kind, r, R)].astype(jnp.float32) for x, kind in zip(tokens, kinds)]
+            _, pull = jax.vjp(head, own, shared, common, starts[r])
+            grads, *more, carried[r] = pull((dy[_lanes(dy, "wide", r, R)].astype(jnp.float32), carried[r]))
             sums = jax.tree.map(jnp.add, sums, tuple(more))
-            for ref, grad in zip(dtokens, grads, strict=True):
-                _set_head(ref, r, grad)
+            for ref, kind, grad in zip(dtokens, kinds, grads, strict=True):
+                ref[_lanes(ref, kind, r, R)] = grad.astype(ref.dtype)
         for ref, own, through in zip(dshared, sums[0], *pull_common(sums[1]), strict=True):
             ref[...] = own + through
 
@@ -185,9 +181,8 @@ def _scan_backward(kernel, saved, cotangents):
         def _():
             dfirst[...] = carried[...]
 
-    ins = [(a, True) for a in (*tokens, *shared, *fixed, starts, dy)] + [(dlast, False)]
-    scratch = jax.ShapeDtypeStruct(dlast.shape[2:], jnp.float32)
-    *grads, dfirst = _call(body, f"{kernel.name}_backward", ins, outs, scratch, (B, P, M), True)
+    ins = [*zip(tokens, kinds), *((a, "chunk") for a in (*shared, *fixed, starts)), (dy, "wide"), (dlast, "row")]
+    *grads, dfirst = _call(body, f"{kernel.name}_backward", ins, outs, dlast.shape[2:], (B, P, M), back=True)
     dtokens, dshared = tuple(grads[: len(tokens)]), grads[len(tokens) :]
     dshared = tuple(d.reshape(*a.shape[:3], -1, *a.shape[3:]).sum(3).astype(a.dtype) for d, a in zip(dshared, shared))
     return dtokens, dshared, None, dfirst

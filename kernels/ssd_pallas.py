@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -39,6 +41,17 @@ def _head(dtype, tokens, shared, common, fixed, h_KxN):
 KERNEL = Kernel("ssd", _scores, _head)
 
 
+def layout(G: int, R: int, K: int) -> tuple[int, int]:
+    """(heads of a program, lanes of a head: K, or more where a program's lanes would not fill registers)."""
+    divisors = [n for n in range(1, HEADS + 1) if R % n == 0]
+    full = [n for n in divisors if n * K % 128 == 0 or n == G * R]
+    if full:
+        return full[-1], K
+    heads = divisors[-1]
+    lanes = 128 // math.gcd(heads, 128)
+    return heads, K + -K % lanes
+
+
 def pallas(
     x_BxLxGxRxK: jax.Array,
     dt_BxLxGxR: jax.Array,
@@ -53,33 +66,32 @@ def pallas(
     """`ssd.chunked` on a TPU: no (.., Q, Q) array leaves VMEM, and the state stays there along the row."""
     (B, L, G, R, K), N = x_BxLxGxRxK.shape, b_BxLxGxN.shape[-1]
     Q = min(chunk, L)
-    heads = max(n for n in range(1, HEADS + 1) if R % n == 0)
+    heads, width = layout(G, R, K)
 
-    def by_chunk(x_BxLx: jax.Array, *, edge: bool = False) -> jax.Array:
-        pad = [(0, 0), (0, -L % Q)] + [(0, 0)] * (x_BxLx.ndim - 2)
-        x_BxLx = jnp.pad(x_BxLx, pad, mode="edge" if edge else "constant")
+    def by_chunk(x_BxLx: jax.Array, mode: str = "constant") -> jax.Array:
+        x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -L % Q)] + [(0, 0)] * (x_BxLx.ndim - 2), mode=mode)
         return x_BxLx.reshape(B, -1, Q, *x_BxLx.shape[2:])
 
     def by_head(x_BxMxQxGxR: jax.Array) -> jax.Array:
         x_BxMxGxRxQ = jnp.moveaxis(x_BxMxQxGxR, 2, 4)
-        return x_BxMxGxRxQ.reshape(*x_BxMxGxRxQ.shape[:2], -1, heads, *x_BxMxGxRxQ.shape[4:])
+        return x_BxMxGxRxQ.reshape(B, -1, G * R // heads, heads, Q)
 
     dt_BxMxQxGxR = by_chunk(jnp.where(valid_BxL[..., None, None], dt_BxLxGxR, 0.0))
-    x_BxMxQxGxRxK = by_chunk(jnp.where(valid_BxL[..., None, None, None], x_BxLxGxRxK, 0))
+    x_BxLxGxRxK = jnp.where(valid_BxL[..., None, None, None], x_BxLxGxRxK, 0)
+    x_BxLxGxRxK = jnp.pad(x_BxLxGxRxK, [(0, 0)] * 4 + [(0, width - K)])
     # What fills the last chunk up belongs to the last document: it isn't valid, and begins nothing.
-    documents_BxMxQ = by_chunk(documents_BxL, edge=True)
+    documents_BxMxQ = by_chunk(documents_BxL, "edge")
     before_BxMx1 = jnp.pad(documents_BxMxQ[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
     # The logarithm of the decay since the chunk's or the document's beginning, as in `ssd.chunked`.
     keep_BxMxQ = jnp.diff(documents_BxMxQ, axis=2, prepend=before_BxMx1) == 0
     keep = jnp.broadcast_to(keep_BxMxQ[..., None, None].astype(jnp.float32), dt_BxMxQxGxR.shape)
     _, log_BxMxQxGxR = jax.lax.associative_scan(then, (keep, dt_BxMxQxGxR * a_GxR), axis=2)
 
-    tokens = tuple(by_head(x) for x in (x_BxMxQxGxRxK, dt_BxMxQxGxR, log_BxMxQxGxR))
+    tokens = by_chunk(x_BxLxGxRxK.reshape(B, L, -1)), by_head(dt_BxMxQxGxR), by_head(log_BxMxQxGxR)
     shared = tuple(jnp.moveaxis(by_chunk(x), 3, 2) for x in (b_BxLxGxN, c_BxLxGxN))
     fixed = tuple(x[:, :, None, None] for x in (documents_BxMxQ, (documents_BxMxQ == before_BxMx1).astype(jnp.int32)))
-    h_BxPxRxKxN = h_BxGxRxKxN.reshape(B, -1, heads, K, N)
-    x, dt, log, b, c, documents, old, h = vary_alike(*tokens, *shared, *fixed, h_BxPxRxKxN)
+    h = jnp.pad(h_BxGxRxKxN, [(0, 0)] * 3 + [(0, width - K), (0, 0)]).reshape(B, -1, heads, width, N)
+    x, dt, log, b, c, documents, old, h = vary_alike(*tokens, *shared, *fixed, h)
     y, h = scan(KERNEL, (x, dt, log), (b, c), (documents, old), h)
-    y_BxMxGxRxQxK = y.reshape(B, -1, G, R, Q, K)
-    y_BxLxGxRxK = jnp.moveaxis(y_BxMxGxRxQxK, 4, 2).reshape(B, -1, G, R, K)[:, :L]
-    return y_BxLxGxRxK, h.reshape(B, G, R, K, N)
+    y_BxLxGxRxK = y.reshape(B, -1, G, R, width)[:, :L, ..., :K]
+    return y_BxLxGxRxK, h.reshape(B, G, R, width, N)[..., :K, :]
