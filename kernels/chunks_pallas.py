@@ -13,6 +13,7 @@ by side in the lanes, as in the model: nothing is transposed but what has one nu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 Arrays = tuple[jax.Array, ...]
+HEADS = 4  # of one program, at most
 
 
 class Kernel(NamedTuple):
@@ -36,7 +38,7 @@ class Kernel(NamedTuple):
     head: Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def _call(body: Callable, name: str, ins: list, outs: list, scratch: tuple[int, ...], grid: tuple, back: bool) -> Arrays:
+def call(body: Callable, name: str, ins: list, outs: list, scratch: list, grid: tuple, back: bool) -> list[jax.Array]:
     """`body` at every (b, p, m), m from the end if `back`. ins, outs: (array or shape, kind), see `_block`."""
     return pl.pallas_call(
         body,
@@ -44,30 +46,33 @@ def _call(body: Callable, name: str, ins: list, outs: list, scratch: tuple[int, 
         in_specs=[_block(x.shape, kind, grid, back) for x, kind in ins],
         out_specs=[_block(x.shape, kind, grid, back) for x, kind in outs],
         out_shape=[x for x, _ in outs],
-        scratch_shapes=[pltpu.VMEM(scratch, jnp.float32)],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name=name,
     )(*(x for x, _ in ins))
 
 
 def _block(shape: tuple[int, ...], kind: str, grid: tuple[int, int, int], back: bool) -> pl.BlockSpec:
-    """Of program p in chunk m. wide: (B, M, Q, lanes of all programs); chunk: (B, M, P or a divisor, ...); row: (B, P, ...)."""
+    """Of program p in chunk m. wide: (B, M, Q, lanes of all programs); lanes: (B or 1, N, lanes of all programs); chunk:
+    (B, M, P or a divisor, ...); row: (B, P, ...). What isn't named is whole in a block."""
     _, P, M = grid
     at = lambda m: M - 1 - m if back else m  # noqa: E731
     if kind == "wide":
         return pl.BlockSpec((None, None, shape[2], shape[3] // P), lambda b, p, m: (b, at(m), 0, p))
-    rest = shape[3:] if kind == "chunk" else shape[2:]
+    if kind == "lanes":
+        return pl.BlockSpec((None, shape[1], shape[2] // P), lambda b, p, m: (b if shape[0] > 1 else 0, 0, p))
     if kind == "row":
-        return pl.BlockSpec((None, None, *rest), lambda b, p, m: (b, p) + (0,) * len(rest))
+        return pl.BlockSpec((None, None, *shape[2:]), lambda b, p, m: (b, p) + (0,) * len(shape[2:]))
     share = P // shape[2]  # `//` in the index would ask which TPU this is
-    return pl.BlockSpec((None, None, None, *rest), lambda b, p, m: (b, at(m), jax.lax.div(p, share)) + (0,) * len(rest))
+    zeros = (0,) * len(shape[3:])
+    return pl.BlockSpec((None, None, None, *shape[3:]), lambda b, p, m: (b, at(m), jax.lax.div(p, share), *zeros))
 
 
 def _kind(x: jax.Array) -> str:
     return "wide" if x.ndim == 4 else "chunk"
 
 
-def _like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+def like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
     """Varies over the mesh axes that x varies over."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
@@ -97,9 +102,9 @@ def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[
     common = jax.eval_shape(functools.partial(kernel.common, dtype), now, ids)
     y, _ = jax.eval_shape(functools.partial(kernel.head, dtype), one, now, common, ids, wide(state.shape[3:]))
     x = tokens[0]
-    outs = [(_like(x, (B, M, Q, P * R * y.shape[1]), dtype), "wide"), (_like(x, state.shape, jnp.float32), "row")]
+    outs = [(like(x, (B, M, Q, P * R * y.shape[1]), dtype), "wide"), (like(x, state.shape, jnp.float32), "row")]
     if keep:
-        outs.append((_like(x, (B, M, *state.shape[1:]), jnp.float32), "chunk"))
+        outs.append((like(x, (B, M, *state.shape[1:]), jnp.float32), "chunk"))
     sizes = len(tokens), len(shared), len(fixed)
 
     def body(*refs):
@@ -124,7 +129,7 @@ def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[
             last[...] = carried[...]
 
     ins = [*zip(tokens, kinds), *((x, "chunk") for x in (*shared, *fixed)), (state, "row")]
-    out = _call(body, f"{kernel.name}_forward", ins, outs, state.shape[2:], (B, P, M), back=False)
+    out = call(body, f"{kernel.name}_forward", ins, outs, [state.shape[2:]], (B, P, M), back=False)
     return out[0], out[1], out[2] if keep else None
 
 
@@ -151,9 +156,9 @@ def _scan_backward(kernel, saved, cotangents):
     (tokens, shared, fixed, starts), (dy, dlast) = saved, cotangents
     (B, M), (P, R), dtype, kinds = tokens[0].shape[:2], dlast.shape[1:3], tokens[0].dtype, [_kind(x) for x in tokens]
     x = tokens[0]
-    outs = [(_like(x, a.shape, a.dtype), kind) for a, kind in zip(tokens, kinds)]
-    outs += [(_like(x, (B, M, P, *a.shape[3:]), jnp.float32), "chunk") for a in shared]
-    outs.append((_like(x, dlast.shape, jnp.float32), "row"))
+    outs = [(like(x, a.shape, a.dtype), kind) for a, kind in zip(tokens, kinds)]
+    outs += [(like(x, (B, M, P, *a.shape[3:]), jnp.float32), "chunk") for a in shared]
+    outs.append((like(x, dlast.shape, jnp.float32), "row"))
     sizes = len(tokens), len(shared), len(fixed)
 
     def body(*refs):
@@ -182,13 +187,65 @@ def _scan_backward(kernel, saved, cotangents):
             dfirst[...] = carried[...]
 
     ins = [*zip(tokens, kinds), *((a, "chunk") for a in (*shared, *fixed, starts)), (dy, "wide"), (dlast, "row")]
-    *grads, dfirst = _call(body, f"{kernel.name}_backward", ins, outs, dlast.shape[2:], (B, P, M), back=True)
+    *grads, dfirst = call(body, f"{kernel.name}_backward", ins, outs, [dlast.shape[2:]], (B, P, M), back=True)
     dtokens, dshared = tuple(grads[: len(tokens)]), grads[len(tokens) :]
     dshared = tuple(d.reshape(*a.shape[:3], -1, *a.shape[3:]).sum(3).astype(a.dtype) for d, a in zip(dshared, shared))
     return dtokens, dshared, None, dfirst
 
 
 scan.defvjp(_scan_forward, _scan_backward)
+
+
+def layout(heads: int, group: int, *widths: int) -> tuple[int, ...]:
+    """(heads of a program, all of one group; lanes of a head: each width, or more where a program's would end in a register)."""
+    divisors = [n for n in range(1, HEADS + 1) if group % n == 0]
+    full = [n for n in divisors if n == heads or all(n * width % 128 == 0 for width in widths)]
+    if full:
+        return full[-1], *widths
+    lanes = 128 // math.gcd(divisors[-1], 128)
+    return divisors[-1], *(width + -width % lanes for width in widths)
+
+
+def split(x_BxLx: jax.Array, Q: int, mode: str = "constant") -> jax.Array:
+    """x_BxMxQx; the last chunk is filled up with zeros, or as numpy's pad says."""
+    x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -x_BxLx.shape[1] % Q)] + [(0, 0)] * (x_BxLx.ndim - 2), mode=mode)
+    return x_BxLx.reshape(x_BxLx.shape[0], -1, Q, *x_BxLx.shape[2:])
+
+
+def by_head(x_BxMxQxH: jax.Array, R: int) -> jax.Array:
+    """(B, M, P, R, Q)."""
+    B, M, Q, H = x_BxMxQxH.shape
+    return jnp.swapaxes(x_BxMxQxH, 2, 3).reshape(B, M, H // R, R, Q)
+
+
+def decays(log_BxLxH: jax.Array, documents_BxL: jax.Array, Q: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(log_BxMxQxH, documents_BxMxQ, old_BxMxQ): the sums of log decays since the chunk or the document began, each
+    document's own, so that what its neighbours hold doesn't even change the rounding; whether it is that of the state before.
+
+    documents_BxL: how many began up to here, as `convolution.document_counts`. What fills the last chunk up is the last's.
+    """
+    documents_BxMxQ = split(documents_BxL, Q, "edge")
+    before_BxMx1 = jnp.pad(documents_BxMxQ[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+    log_BxMxQxH = split(log_BxLxH, Q)
+    keep_BxMxQ = jnp.diff(documents_BxMxQ, axis=2, prepend=before_BxMx1) == 0
+    keep_BxMxQxH = jnp.broadcast_to(keep_BxMxQ[..., None].astype(jnp.float32), log_BxMxQxH.shape)
+    add = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])  # noqa: E731
+    _, log_BxMxQxH = jax.lax.associative_scan(add, (keep_BxMxQxH, log_BxMxQxH), axis=2)
+    return log_BxMxQxH, documents_BxMxQ, (documents_BxMxQ == before_BxMx1).astype(jnp.int32)
+
+
+def weights(log_1xQ: jax.Array, documents_1xQ: jax.Array, old_1xQ: jax.Array) -> tuple[jax.Array, ...]:
+    """(decay_QxQ from column to row, 0 where it isn't seen; since_Qx1 the state before, 0 where nothing of it is left;
+    until_1xQ the chunk's end; kept_1x1: what the chunk leaves of the state)."""
+    Q = log_1xQ.shape[1]
+    log_Qx1, old_Qx1, end_1x1, still_1x1 = column(log_1xQ), column(old_1xQ) != 0, last(log_1xQ), last(old_1xQ) != 0
+    above_QxQ = jax.lax.broadcasted_iota(jnp.int32, (Q, Q), 0) >= jax.lax.broadcasted_iota(jnp.int32, (Q, Q), 1)
+    seen_QxQ = (column(documents_1xQ) == documents_1xQ) & above_QxQ
+    decay_QxQ = jnp.exp(jnp.where(seen_QxQ, log_Qx1 - log_1xQ, -jnp.inf))
+    until_1xQ = jnp.exp(jnp.where(documents_1xQ == last(documents_1xQ), end_1x1 - log_1xQ, -jnp.inf))
+    since_Qx1 = jnp.where(old_Qx1, jnp.exp(jnp.where(old_Qx1, log_Qx1, 0.0)), 0.0)
+    kept_1x1 = jnp.where(still_1x1, jnp.exp(jnp.where(still_1x1, end_1x1, 0.0)), 0.0)
+    return decay_QxQ, since_Qx1, until_1xQ, kept_1x1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -11,6 +11,7 @@ import pytest
 
 from kernels.ssd import IMPLEMENTATIONS, ssd
 from tests.kernels.rows import ROWS, assert_near, in_float64, sequential, values_and_gradients, who
+from tests.kernels.tpu import interpreted
 
 HEADS, GROUPS, WIDTH, STATE = 4, 2, 3, 2
 
@@ -49,12 +50,18 @@ def run(x: dict, where: dict, implementation: str | None, chunk: int = 4) -> tup
     )
 
 
+@pytest.fixture(autouse=True)
+def tpu():
+    with interpreted():
+        yield
+
+
 @functools.cache
 def oracle_of(rows: tuple[str, ...]) -> tuple:
     return in_float64(lambda x: oracle(x, who(rows)), arrays(rows), who(rows))
 
 
-@pytest.mark.parametrize("implementation, chunk", [("reference", 4), ("chunked", 4), ("chunked", 1), (None, 64)])
+@pytest.mark.parametrize("implementation, chunk", [("reference", 4), ("chunked", 4), ("chunked", 1), (None, 64), ("pallas", 4)])
 @pytest.mark.parametrize("rows", [ROWS, ("1",)], ids=["rows", "one token"])
 def test_oracle(rows, implementation, chunk):
     where = who(rows)

@@ -1,0 +1,149 @@
+"""The recurrences' TPU kernels through the TPU's compiler, forward and backward; their memory; the flops they count.
+
+That they compute the right thing is held by each recurrence's own battery (ssd_test, selective_scan_test), interpreted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, PartitionSpec
+
+from configs import preset
+from kernels.selective_scan import selective_scan
+from kernels.ssd import ssd
+from research.config import override
+from research.models.mamba import Mamba
+from research.models.mamba2 import Mamba2
+from research.schema import Stage
+from research.training.flops import count_flops
+from research.training.program import make_program
+from tests.kernels.tpu import compiled
+
+F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
+
+
+def shapes(*pairs) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(*pair) for pair in pairs]
+
+
+def run_ssd(x, dt, a, b, c, h, positions, segments, implementation=None):
+    return ssd(x, dt, a, b, c, positions_BxL=positions, segment_ids_BxL=segments, state_BxHxKxN=h, chunk=128,
+               implementation=implementation)  # fmt: skip
+
+
+def ssd_shapes(B, L, H=4, K=64, G=1, N=128, dtype=BF16):
+    group, ids = ((B, L, G, N), dtype), ((B, L), I32)
+    return shapes(((B, L, H, K), dtype), ((B, L, H), F32), ((H,), F32), group, group, ((B, H, K, N), F32), ids, ids)
+
+
+def run_scan(x, dt, a, b, c, h, positions, segments, implementation=None):
+    return selective_scan(x, dt, a, b, c, positions_BxL=positions, segment_ids_BxL=segments, state_BxIxN=h,
+                          implementation=implementation)  # fmt: skip
+
+
+def scan_shapes(B, L, I=256, N=16, dtype=BF16):
+    state, ids = ((B, L, N), dtype), ((B, L), I32)
+    return shapes(((B, L, I), dtype), ((B, L, I), F32), ((I, N), F32), state, state, ((B, I, N), F32), ids, ids)
+
+
+KERNELS = {"ssd": (run_ssd, ssd_shapes), "selective_scan": (run_scan, scan_shapes)}
+ODD = {"ssd": dict(L=300, H=6, K=24, G=2, N=20, dtype=F32), "selective_scan": dict(L=100, I=200, N=5, dtype=F32)}
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+
+
+def gradient(run, implementation=None):
+    """Of a sum over values and last state, by every float argument."""
+
+    def loss(*arrays):
+        y, h = run(*arrays, implementation=implementation)
+        return jnp.sum(y.astype(F32) ** 2) + jnp.sum(h**2)
+
+    return jax.grad(loss, argnums=tuple(range(6)))
+
+
+def temporaries(program) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
+@every_kernel
+def test_a_program_for_a_tpu_has_the_kernels(name):
+    """None takes them where the program is lowered for a TPU, forward and backward, and keeps nothing of the other form."""
+    run, make = KERNELS[name]
+    program = compiled(gradient(run), make(B=1, L=1000), "v5e:2x2")
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert f"{name}_forward" in text and f"{name}_backward" in text
+
+
+@pytest.mark.slow
+@every_kernel
+def test_memory_is_linear_in_length(name):
+    """For v5p; of L, D and N no product is held, nor any chunk's scores. None holds what "pallas" does."""
+    run, make = KERNELS[name]
+    small, large = make(B=8, L=4096), make(B=8, L=16384)
+    short, long = (temporaries(compiled(gradient(run), x, "v5p:2x2x1")) for x in (small, large))
+    assert long < 4.4 * short
+    tokens = sum(x.size * x.dtype.itemsize for x in large)
+    assert long < 4 * tokens
+    assert long <= 1.02 * temporaries(compiled(gradient(run, "pallas"), large, "v5p:2x2x1"))
+
+
+@pytest.mark.slow
+@every_kernel
+def test_odd_shapes_compile(name):
+    run, make = KERNELS[name]
+    assert "tpu_custom_call" in compiled(gradient(run, "pallas"), make(B=1, **ODD[name]), "v5e:2x2").as_text()
+
+
+@pytest.mark.parametrize("L", [256, 300])
+@every_kernel
+def test_flops_are_those_of_the_chunked_form(name, L):
+    run, make = KERNELS[name]
+    for fn in (run, gradient(run)):
+        expected = count_flops(fn, *make(B=2, L=L))
+        assert expected > 0
+        assert count_flops(fn, *make(B=2, L=L), platform="tpu") == expected
+
+
+@every_kernel
+def test_what_it_cannot_serve_goes_elsewhere(name, caplog):
+    run, make = KERNELS[name]
+    args = make(B=1, L=8, dtype=jnp.float16)
+    for _ in range(2):
+        jax.eval_shape(run, *args)
+    assert [record.message for record in caplog.records if name in record.message] == [
+        f"{name}: pallas takes float32 and bfloat16, not float16; the next implementation is taken"
+    ]
+    with pytest.raises(ValueError, match="not float16"):
+        jax.eval_shape(lambda *x: run(*x, implementation="pallas"), *args)
+
+
+@pytest.mark.parametrize("check_vma", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_sharded_step_for_four_chips(check_vma):
+    """Under fsdp each chip runs the kernels on its own rows: whole activations are never gathered."""
+    pytest.importorskip("libtpu", reason="the extra tpu is not installed")
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    if check_vma:
+        mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+        row, whole = PartitionSpec("data"), PartitionSpec()
+        for name, (run, make) in KERNELS.items():
+            specs = (row, row, whole, row, row, row, row, row)
+            mapped = jax.shard_map(gradient(run), mesh=mesh, in_specs=specs, out_specs=(row, row, whole, row, row, row))
+            text = jax.jit(mapped).lower(*make(B=4, L=256)).compile().as_text()
+            assert f"{name}_backward" in text
+        return
+    config = override(preset("quickstart"), {"train.batch_size": 8, "mesh.rules": "fsdp", "model.compute_dtype": "bfloat16"})
+    stages = (Stage((Mamba2(head_dim=32, state=16, chunk=128), Mamba()), 2),)
+    model = dataclasses.replace(config.model, stages=stages)
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        text = make_program(dataclasses.replace(config, model=model), devices).compile().as_text()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    for name in KERNELS:
+        assert f"{name}_forward" in text and f"{name}_backward" in text
