@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 Arrays = tuple[jax.Array, ...]
 HEADS = 4  # of one program, at most
+VMEM = 32 * 2**20  # bytes that a program may take; every generation has 64 MiB or more
 
 
 class Kernel(NamedTuple):
@@ -47,7 +48,7 @@ def call(body: Callable, name: str, ins: list, outs: list, scratch: list, grid: 
         out_specs=[_block(x.shape, kind, grid, back) for x, kind in outs],
         out_shape=[x for x, _ in outs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM),
         name=name,
     )(*(x for x, _ in ins))
 
@@ -218,20 +219,22 @@ def by_head(x_BxMxQxH: jax.Array, R: int) -> jax.Array:
     return jnp.swapaxes(x_BxMxQxH, 2, 3).reshape(B, M, H // R, R, Q)
 
 
-def decays(log_BxLxH: jax.Array, documents_BxL: jax.Array, Q: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log_BxMxQxH, documents_BxMxQ, old_BxMxQ): the sums of log decays since the chunk or the document began, each
-    document's own, so that what its neighbours hold doesn't even change the rounding; whether it is that of the state before.
-
-    documents_BxL: how many began up to here, as `convolution.document_counts`. What fills the last chunk up is the last's.
-    """
+def chunk_documents(documents_BxL: jax.Array, Q: int) -> tuple[jax.Array, jax.Array]:
+    """(documents_BxMxQ, old_BxMxQ: whether it is that of the state before the chunk), int32, from how many documents began
+    up to here (`convolution.document_counts`). What fills the last chunk up belongs to the last."""
     documents_BxMxQ = split(documents_BxL, Q, "edge")
     before_BxMx1 = jnp.pad(documents_BxMxQ[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
-    log_BxMxQxH = split(log_BxLxH, Q)
-    keep_BxMxQ = jnp.diff(documents_BxMxQ, axis=2, prepend=before_BxMx1) == 0
+    return documents_BxMxQ, (documents_BxMxQ == before_BxMx1).astype(jnp.int32)
+
+
+def log_decays(log_BxLxH: jax.Array, documents_BxMxQ: jax.Array) -> jax.Array:
+    """log_BxMxQxH: the sums of log decays since the chunk or the document began; each document's own, so that what its
+    neighbours hold doesn't even change the rounding."""
+    log_BxMxQxH = split(log_BxLxH, documents_BxMxQ.shape[2])
+    keep_BxMxQ = jnp.pad(documents_BxMxQ[..., 1:] == documents_BxMxQ[..., :-1], ((0, 0), (0, 0), (1, 0)))
     keep_BxMxQxH = jnp.broadcast_to(keep_BxMxQ[..., None].astype(jnp.float32), log_BxMxQxH.shape)
     add = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])  # noqa: E731
-    _, log_BxMxQxH = jax.lax.associative_scan(add, (keep_BxMxQxH, log_BxMxQxH), axis=2)
-    return log_BxMxQxH, documents_BxMxQ, (documents_BxMxQ == before_BxMx1).astype(jnp.int32)
+    return jax.lax.associative_scan(add, (keep_BxMxQxH, log_BxMxQxH), axis=2)[1]
 
 
 def weights(log_1xQ: jax.Array, documents_1xQ: jax.Array, old_1xQ: jax.Array) -> tuple[jax.Array, ...]:

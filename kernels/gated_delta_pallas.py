@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.chunks_pallas import Kernel, by_head, column, decays, layout, product, scan, split, weights
+from kernels.chunks_pallas import Kernel, by_head, chunk_documents, column, layout, log_decays, product, scan, split, weights
 from kernels.varying import vary_alike
 
 
@@ -94,8 +94,8 @@ def pallas(
         x_BxLxHxK = jnp.pad(x_BxLxHxK, [(0, 0)] * 3 + [(0, width - x_BxLxHxK.shape[3])])
         return split(x_BxLxHxK.reshape(B, L, -1), Q)
 
-    documents_BxL = jnp.cumsum(reset_BxL, axis=1, dtype=jnp.int32)
-    log_BxMxQxH, *fixed = decays(log_decay_BxLxH, documents_BxL, Q)
+    fixed = chunk_documents(jnp.cumsum(reset_BxL, axis=1, dtype=jnp.int32), Q)
+    log_BxMxQxH = log_decays(log_decay_BxLxH, fixed[0])
     tokens = [wide(q_BxLxHxK, key), wide(k_BxLxHxK, key), wide(v_BxLxHxV, value), by_head(log_BxMxQxH, heads)]
     if write_BxLxH is not None:
         tokens.append(by_head(split(write_BxLxH, Q), heads))

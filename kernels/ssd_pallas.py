@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.chunks_pallas import Kernel, by_head, column, decays, layout, product, scan, split, weights
+from kernels.chunks_pallas import Kernel, by_head, chunk_documents, column, layout, log_decays, product, scan, split, weights
 from kernels.varying import vary_alike
 
 
@@ -55,13 +55,13 @@ def pallas(
     dt_BxLxH = jnp.where(valid_BxL[..., None], dt_BxLxGxR.reshape(B, L, -1), 0.0)
     x_BxLxGxRxK = jnp.where(valid_BxL[..., None, None, None], x_BxLxGxRxK, 0)
     x_BxLxGxRxK = jnp.pad(x_BxLxGxRxK, [(0, 0)] * 4 + [(0, width - K)])
-    log_BxMxQxH, documents_BxMxQ, old_BxMxQ = decays(dt_BxLxH * a_GxR.reshape(-1), documents_BxL, Q)
+    fixed = chunk_documents(documents_BxL, Q)
+    log_BxMxQxH = log_decays(dt_BxLxH * a_GxR.reshape(-1), fixed[0])
 
     tokens = split(x_BxLxGxRxK.reshape(B, L, -1), Q), by_head(split(dt_BxLxH, Q), heads), by_head(log_BxMxQxH, heads)
     shared = tuple(jnp.moveaxis(split(x, Q), 3, 2) for x in (b_BxLxGxN, c_BxLxGxN))
-    fixed = tuple(x[:, :, None, None] for x in (documents_BxMxQ, old_BxMxQ))
     h = jnp.pad(h_BxGxRxKxN, [(0, 0)] * 3 + [(0, width - K), (0, 0)]).reshape(B, -1, heads, width, N)
-    x, dt, log, b, c, documents, old, h = vary_alike(*tokens, *shared, *fixed, h)
+    x, dt, log, b, c, documents, old, h = vary_alike(*tokens, *shared, *(x[:, :, None, None] for x in fixed), h)
     y, h = scan(KERNEL, (x, dt, log), (b, c), (documents, old), h)
     y_BxLxGxRxK = y.reshape(B, -1, G, R, width)[:, :L, ..., :K]
     return y_BxLxGxRxK, h.reshape(B, G, R, width, N)[..., :K, :]

@@ -1,11 +1,12 @@
 """The recurrences' TPU kernels through the TPU's compiler, forward and backward; their memory; the flops they count.
 
-That they compute the right thing is held by each recurrence's own battery (ssd_test, selective_scan_test), interpreted.
+That they compute the right thing is held by each recurrence's own battery (ssd_test, selective_scan_test, gated_delta_test), interpreted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,15 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
 from configs import preset
+from kernels.gated_delta import gated_delta
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
+from kernels.wkv7 import wkv7
 from research.config import override
+from research.models.gated_delta import GatedDelta
 from research.models.mamba import Mamba
 from research.models.mamba2 import Mamba2
+from research.models.rwkv7 import Rwkv7TimeMix
 from research.schema import Stage
 from research.training.flops import count_flops
 from research.training.program import make_program
@@ -51,19 +56,47 @@ def scan_shapes(B, L, I=256, N=16, dtype=BF16):
     return shapes(((B, L, I), dtype), ((B, L, I), F32), ((I, N), F32), state, state, ((B, I, N), F32), ids, ids)
 
 
-KERNELS = {"ssd": (run_ssd, ssd_shapes), "selective_scan": (run_scan, scan_shapes)}
-ODD = {"ssd": dict(L=300, H=6, K=24, G=2, N=20, dtype=F32), "selective_scan": dict(L=100, I=200, N=5, dtype=F32)}
+def run_delta(q, k, v, log_decay, write, s, positions, segments, implementation=None):
+    return gated_delta(q, k, v, log_decay, write, positions_BxL=positions, segment_ids_BxL=segments, state_BxHxKxV=s,
+                       implementation=implementation)  # fmt: skip
+
+
+def delta_shapes(B, L, H=2, K=128, V=128, dtype=BF16):
+    key, gate, ids = ((B, L, H, K), dtype), ((B, L, H), F32), ((B, L), I32)
+    return shapes(key, key, ((B, L, H, V), dtype), gate, gate, ((B, H, K, V), F32), ids, ids)
+
+
+def run_wkv7(r, log_decay, k, v, key, removal, s, positions, segments, implementation=None):
+    return wkv7(r, log_decay, k, v, key, removal, positions_BxL=positions, segment_ids_BxL=segments, state_BxHxKxV=s,
+                implementation=implementation)  # fmt: skip
+
+
+def wkv7_shapes(B, L, H=2, K=64, V=64, dtype=BF16):
+    key, ids = ((B, L, H, K), dtype), ((B, L), I32)
+    return shapes(key, ((B, L, H, K), F32), key, ((B, L, H, V), dtype), key, key, ((B, H, K, V), F32), ids, ids)
+
+
+KERNELS = {
+    "ssd": (run_ssd, ssd_shapes),
+    "selective_scan": (run_scan, scan_shapes),
+    "gated_delta": (run_delta, delta_shapes),
+    "wkv7": (run_wkv7, wkv7_shapes),
+}
+ODD = {"ssd": dict(L=300, H=6, K=24, G=2, N=20, dtype=F32), "selective_scan": dict(L=100, I=200, N=5, dtype=F32),
+       "gated_delta": dict(L=100, H=3, K=20, V=40, dtype=F32),
+       "wkv7": dict(L=100, H=3, K=20, V=40, dtype=F32)}  # fmt: skip
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
 def gradient(run, implementation=None):
-    """Of a sum over values and last state, by every float argument."""
+    """Of a sum over values and last state, by every float argument: all but positions and segments."""
+    floats = tuple(range(len(inspect.signature(run).parameters) - 3))
 
     def loss(*arrays):
         y, h = run(*arrays, implementation=implementation)
         return jnp.sum(y.astype(F32) ** 2) + jnp.sum(h**2)
 
-    return jax.grad(loss, argnums=tuple(range(6)))
+    return jax.grad(loss, argnums=floats)
 
 
 def temporaries(program) -> int:
@@ -110,16 +143,18 @@ def test_flops_are_those_of_the_chunked_form(name, L):
         assert count_flops(fn, *make(B=2, L=L), platform="tpu") == expected
 
 
+TOO_MUCH = {"ssd": dict(dtype=jnp.float16), "selective_scan": dict(N=3000), "gated_delta": dict(K=300), "wkv7": dict(K=300)}
+
+
 @every_kernel
 def test_what_it_cannot_serve_goes_elsewhere(name, caplog):
     run, make = KERNELS[name]
-    args = make(B=1, L=8, dtype=jnp.float16)
+    args = make(B=1, L=8, **TOO_MUCH[name])
     for _ in range(2):
         jax.eval_shape(run, *args)
-    assert [record.message for record in caplog.records if name in record.message] == [
-        f"{name}: pallas takes float32 and bfloat16, not float16; the next implementation is taken"
-    ]
-    with pytest.raises(ValueError, match="not float16"):
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and said[0].startswith(f"{name}: pallas") and said[0].endswith("; the next implementation is taken")
+    with pytest.raises(ValueError, match=f"{name}: pallas"):
         jax.eval_shape(lambda *x: run(*x, implementation="pallas"), *args)
 
 
@@ -132,13 +167,13 @@ def test_a_sharded_step_for_four_chips(check_vma):
         mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
         row, whole = PartitionSpec("data"), PartitionSpec()
         for name, (run, make) in KERNELS.items():
-            specs = (row, row, whole, row, row, row, row, row)
-            mapped = jax.shard_map(gradient(run), mesh=mesh, in_specs=specs, out_specs=(row, row, whole, row, row, row))
+            floats = [whole if len(x.shape) < 3 else row for x in make(B=4, L=256)[:-2]]  # what all rows share: a
+            mapped = jax.shard_map(gradient(run), mesh=mesh, in_specs=(*floats, row, row), out_specs=tuple(floats))
             text = jax.jit(mapped).lower(*make(B=4, L=256)).compile().as_text()
             assert f"{name}_backward" in text
         return
     config = override(preset("quickstart"), {"train.batch_size": 8, "mesh.rules": "fsdp", "model.compute_dtype": "bfloat16"})
-    stages = (Stage((Mamba2(head_dim=32, state=16, chunk=128), Mamba()), 2),)
+    stages = (Stage((Mamba2(head_dim=32, state=16, chunk=128), Mamba(), GatedDelta(heads=2), Rwkv7TimeMix(depth=1, head_dim=32)), 1),)
     model = dataclasses.replace(config.model, stages=stages)
     jax.config.update("jax_enable_compilation_cache", False)
     try:

@@ -75,14 +75,15 @@ def test_matches_the_oracle(layout, write, implementation):
     check(functools.partial(run, implementation=implementation), document, problem)
 
 
-def test_repeated_keys_keep_their_digits():
+@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
+def test_repeated_keys_keep_their_digits(implementation):
     """One key for 64 tokens, written in full without decay: an inverse by powers of the matrix would overflow."""
     problem = make(LAYOUTS["one chunk"])
     tokens = {name: np.repeat(x[:, :1], 64, axis=1) for name, x in problem.tokens.items()}
     tokens["v"] = np.random.default_rng(3).normal(size=tokens["v"].shape).astype(np.float32)
     tokens["write"], tokens["log_decay"] = np.ones_like(tokens["write"]), np.zeros_like(tokens["log_decay"])
     ones = np.ones((1, 64), np.int32)
-    y, _ = jax.jit(functools.partial(run, implementation="chunked", chunk=64))(tokens, {}, problem.state, ones, ones)
+    y, _ = jax.jit(functools.partial(run, implementation=implementation, chunk=64))(tokens, {}, problem.state, ones, ones)
     projection = np.einsum("blhk,blhk->blh", tokens["q"], tokens["k"])[..., None]
     other = np.einsum("blhk,bhkv->blhv", tokens["q"], problem.state["S"])
     other -= projection * np.einsum("blhk,bhkv->blhv", tokens["k"], problem.state["S"])
