@@ -198,7 +198,7 @@ scan.defvjp(_scan_forward, _scan_backward)
 
 
 def layout(heads: int, group: int, *widths: int) -> tuple[int, ...]:
-    """(heads of a program, all of one group; lanes of a head: each width, or more where a program's would end in a register)."""
+    """(heads of a program, all of one group; lanes of a head: each width, more where a program's would end in a register)."""
     divisors = [n for n in range(1, HEADS + 1) if group % n == 0]
     full = [n for n in divisors if n == heads or all(n * width % 128 == 0 for width in widths)]
     if full:

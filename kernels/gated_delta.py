@@ -152,7 +152,7 @@ def gated_delta(
         a TPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Raises:
-      ValueError: shapes that don't fit, a chunk below 1, an unknown implementation, or one that can't serve these arguments.
+      ValueError: shapes that don't fit, a chunk below 1, an implementation that is unknown or can't serve these arguments.
 
     Sources: Yang, Kautz and Hatamizadeh 2024 (Gated DeltaNet), eq. 10 (theirs is the transpose of this S); chunks: Yang et
     al. 2024 (DeltaNet), section 3.2; without `write`: Dao and Gu 2024 (SSD), Yang et al. 2023 (GLA) with one decay a head.

@@ -161,7 +161,7 @@ def refusal(x_BxLxI: jax.Array, a_IxN: jax.Array, chunk: int) -> str | None:
     if x_BxLxI.dtype not in (jnp.float32, jnp.bfloat16):
         return f"selective_scan: pallas takes float32 and bfloat16, not {x_BxLxI.dtype}"
     if a_IxN.shape[1] * chunk > 2**14:
-        return f"selective_scan: pallas: {chunk} tokens x {a_IxN.shape[1]} states a channel don't fit its memory (at most {2**14})"
+        return f"selective_scan: pallas has room for {2**14} states of a channel in a chunk, not {chunk} x {a_IxN.shape[1]}"
     return None
 
 

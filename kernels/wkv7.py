@@ -153,8 +153,8 @@ def wkv7(
     Args:
       r, k, v: floating; the receptance reads, k is where v is written.
       key, removal: what is found at `key` is taken away at `removal`; in RWKV-7 kappa, of length 1, and a * kappa.
-      log_decay: at most 0; in `chunked` and `pallas`, chunk * -log_decay must stay under 80 (RWKV-7: at most 32 * 0.61), so that its
-        exponentials are finite.
+      log_decay: at most 0; in `chunked` and `pallas`, chunk * -log_decay must stay under 80 (RWKV-7: at most 32 * 0.61),
+        so that its exponentials are finite.
       positions_BxL, segment_ids_BxL: int32, positions from 0 in each document; segment 0 is padding.
       state_BxHxKxV: the memory before the first token; None: empty.
       chunk: tokens whose products are taken at once, in `chunked` and `pallas`.
@@ -162,7 +162,7 @@ def wkv7(
         a TPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Raises:
-      ValueError: shapes that don't fit, a chunk below 1, an unknown implementation, or one that can't serve these arguments.
+      ValueError: shapes that don't fit, a chunk below 1, an implementation that is unknown or can't serve these arguments.
 
     Source: Peng et al. 2025 (RWKV-7), the state evolution of the time mix (theirs is the transpose of this S).
     """

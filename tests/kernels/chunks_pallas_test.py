@@ -1,6 +1,6 @@
 """The recurrences' TPU kernels through the TPU's compiler, forward and backward; their memory; the flops they count.
 
-That they compute the right thing is held by each recurrence's own battery (ssd_test, selective_scan_test, gated_delta_test), interpreted.
+That they compute the right thing is held by each recurrence's own battery, interpreted (ssd_test, wkv7_test, ...).
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def test_a_sharded_step_for_four_chips(check_vma):
             assert f"{name}_backward" in text
         return
     config = override(preset("quickstart"), {"train.batch_size": 8, "mesh.rules": "fsdp", "model.compute_dtype": "bfloat16"})
-    stages = (Stage((Mamba2(head_dim=32, state=16, chunk=128), Mamba(), GatedDelta(heads=2), Rwkv7TimeMix(depth=1, head_dim=32)), 1),)
+    mixers = Mamba2(head_dim=32, state=16, chunk=128), Mamba(), GatedDelta(heads=2), Rwkv7TimeMix(depth=1, head_dim=32)
+    stages = (Stage(mixers, 1),)
     model = dataclasses.replace(config.model, stages=stages)
     jax.config.update("jax_enable_compilation_cache", False)
     try:
