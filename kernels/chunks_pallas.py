@@ -23,8 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 Arrays = tuple[jax.Array, ...]
-HEADS = 4  # of one program, at most
-VMEM = 32 * 2**20  # bytes that a program may take; every generation has 64 MiB or more
+HEADS, LANES = 4, 512  # of one program, at most: what it has in VMEM fits the 16 MiB that every generation gives a kernel
 
 
 class Kernel(NamedTuple):
@@ -48,7 +47,7 @@ def call(body: Callable, name: str, ins: list, outs: list, scratch: list, grid: 
         out_specs=[_block(x.shape, kind, grid, back) for x, kind in outs],
         out_shape=[x for x, _ in outs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name=name,
     )(*(x for x, _ in ins))
 
@@ -199,7 +198,7 @@ scan.defvjp(_scan_forward, _scan_backward)
 
 def layout(heads: int, group: int, *widths: int) -> tuple[int, ...]:
     """(heads of a program, all of one group; lanes of a head: each width, more where a program's would end in a register)."""
-    divisors = [n for n in range(1, HEADS + 1) if group % n == 0]
+    divisors = [n for n in range(1, HEADS + 1) if group % n == 0 and (n == 1 or n * max(widths) <= LANES)]
     full = [n for n in divisors if n == heads or all(n * width % 128 == 0 for width in widths)]
     if full:
         return full[-1], *widths

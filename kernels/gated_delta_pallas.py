@@ -71,8 +71,8 @@ solve.defvjp(_solve_forward, _solve_backward)
 def refusal(q_BxLxHxK: jax.Array, v_BxLxHxV: jax.Array, chunk: int) -> str | None:
     """Why the kernels can't serve these arguments; None: they can."""
     L, K, V = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3], v_BxLxHxV.shape[3]
-    if min(chunk, L) > 256 or max(K, V) > 256:
-        return f"gated_delta: pallas has room for chunks of 256 tokens, keys and values of 256, not {chunk}, {K} and {V}"
+    if min(chunk, L) > 128 or max(K, V) > 256:
+        return f"gated_delta: pallas has room for chunks of 128 tokens, keys and values of 256, not {chunk}, {K} and {V}"
     return None
 
 

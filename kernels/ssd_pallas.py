@@ -31,9 +31,9 @@ def refusal(x_BxLxHxK: jax.Array, b_BxLxGxN: jax.Array, chunk: int) -> str | Non
     """Why the kernels can't serve these arguments; None: they can."""
     if x_BxLxHxK.dtype not in (jnp.float32, jnp.bfloat16):
         return f"ssd: pallas takes float32 and bfloat16, not {x_BxLxHxK.dtype}"
-    if min(chunk, x_BxLxHxK.shape[1]) > 512 or max(x_BxLxHxK.shape[3], b_BxLxGxN.shape[3]) > 256:
-        return (f"ssd: pallas has room for chunks of 512 tokens, heads of 256 and states of 256, not {chunk}, "
-                f"{x_BxLxHxK.shape[3]} and {b_BxLxGxN.shape[3]}")  # fmt: skip
+    K, N, most = x_BxLxHxK.shape[3], b_BxLxGxN.shape[3], 1024 // x_BxLxHxK.dtype.itemsize
+    if min(chunk, x_BxLxHxK.shape[1]) > most or max(K, N) > 256:
+        return f"ssd: pallas has room for chunks of {most} tokens, heads and states of 256, not {chunk}, {K} and {N}"
     return None
 
 

@@ -51,8 +51,8 @@ KERNEL = Kernel("wkv7", _nothing, _head)
 def refusal(r_BxLxHxK: jax.Array, v_BxLxHxV: jax.Array, chunk: int) -> str | None:
     """Why the kernels can't serve these arguments; None: they can."""
     L, K, V = r_BxLxHxK.shape[1], r_BxLxHxK.shape[3], v_BxLxHxV.shape[3]
-    if min(chunk, L) > 256 or max(K, V) > 256:
-        return f"wkv7: pallas has room for chunks of 256 tokens, keys and values of 256, not {chunk}, {K} and {V}"
+    if min(chunk, L) > 128 or max(K, V) > 256:
+        return f"wkv7: pallas has room for chunks of 128 tokens, keys and values of 256, not {chunk}, {K} and {V}"
     return None
 
 
