@@ -11,15 +11,9 @@ import pytest
 
 from kernels.gated_delta import IMPLEMENTATIONS, gated_delta
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
-from tests.kernels.tpu import interpreted
+from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 
 HEADS, KEY, VALUE = 2, 3, 5
-
-
-@pytest.fixture(autouse=True)
-def tpu():
-    with interpreted():
-        yield
 
 
 def document(tokens: dict, weights: dict, state: dict | None) -> tuple[np.ndarray, dict]:

@@ -12,7 +12,7 @@ import pytest
 from kernels import selective_scan as module
 from kernels.selective_scan import IMPLEMENTATIONS, selective_scan
 from tests.kernels.rows import ROWS, assert_near, in_float64, sequential, values_and_gradients, who
-from tests.kernels.tpu import interpreted
+from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 
 WIDTH, STATE = 3, 2
 
@@ -42,12 +42,6 @@ def run(x: dict, where: dict, implementation: str | None) -> tuple[jax.Array, ja
     return selective_scan(
         x["x"], x["dt"], x["a"], x["b"], x["c"], state_BxIxN=x["h"], implementation=implementation, **where
     )
-
-
-@pytest.fixture(autouse=True)
-def tpu():
-    with interpreted():
-        yield
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -18,12 +17,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Within it, kernels for a TPU run here, with memory that holds NaN until it is written, and races are an error."""
+@pytest.fixture(autouse=True)
+def interpret_pallas(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test whose `implementation` is "pallas" runs it here, in memory that holds NaN until it is written; a race fails it."""
+    if "implementation" not in request.fixturenames or request.getfixturevalue("implementation") != "pallas":
+        yield
+        return
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
-    assert interpreter.races is None or not interpreter.races.races_found
+    assert not interpreter.races.races_found
 
 
 def compiled(fn: Callable, shapes: list[jax.ShapeDtypeStruct], topology: str) -> jax.stages.Compiled:

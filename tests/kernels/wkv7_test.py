@@ -11,16 +11,10 @@ import pytest
 
 from kernels.wkv7 import IMPLEMENTATIONS, wkv7
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
-from tests.kernels.tpu import interpreted
+from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 from tests.models.harness import Layout
 
 TOKENS = ("r", "log_decay", "k", "v", "key", "removal")
-
-
-@pytest.fixture(autouse=True)
-def tpu():
-    with interpreted():
-        yield
 
 
 def document(tokens: dict, weights: dict, state: dict | None) -> tuple[np.ndarray, dict]:
