@@ -27,8 +27,8 @@ def _at(columns_NxQ: jax.Array, t: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(lane_NxQ == t, columns_NxQ, 0.0), axis=1, keepdims=True)
 
 
-def _forward_body(x, dt, keep, b, c, a, start, y, last, *rest, keep_starts: bool):
-    """One chunk. x, dt, y: (Q, I); keep: (1, Q); b, c: (N, Q); a and states: (N, I)."""
+def _forward_body(x, dt, first, b, c, a, start, y, last, *rest, keep_starts: bool):
+    """One chunk. x, dt, y: (Q, I); first: (1, Q); b, c: (N, Q); a and states: (N, I)."""
     *starts, carried, input_QxI, y_QxI = rest
 
     @pl.when(pl.program_id(2) == 0)
@@ -38,7 +38,7 @@ def _forward_body(x, dt, keep, b, c, a, start, y, last, *rest, keep_starts: bool
     if keep_starts:
         starts[0][...] = carried[...]
     input_QxI[...] = dt[...] * x[...].astype(jnp.float32)
-    a_NxI, b_NxQ, c_NxQ, keep_1xQ = a[...], b[...], c[...], keep[...]
+    a_NxI, b_NxQ, c_NxQ, keep_1xQ = a[...], b[...], c[...], 1.0 - first[...]
 
     def token(t, h_NxI):
         now = pl.ds(t, 1)
@@ -56,7 +56,7 @@ def _forward_body(x, dt, keep, b, c, a, start, y, last, *rest, keep_starts: bool
 
 
 def _backward_body(
-    x, dt, keep, b, c, a, starts, dy, dlast, dx, ddt, db, dc, da, dstart, carried, input_QxI, dy_QxI, dinput_QxI, h_QxNxI
+    x, dt, first, b, c, a, starts, dy, dlast, dx, ddt, db, dc, da, dstart, carried, input_QxI, dy_QxI, dinput_QxI, h_QxNxI
 ):
     """One chunk, the last one first. Shapes as in `_forward_body`; h_QxNxI: the states before each token."""
     Q = x.shape[0]
@@ -69,7 +69,7 @@ def _backward_body(
     x_QxI = x[...].astype(jnp.float32)
     input_QxI[...] = dt[...] * x_QxI
     dy_QxI[...] = dy[...].astype(jnp.float32)
-    a_NxI, b_NxQ, c_NxQ, keep_1xQ = a[...], b[...], c[...], keep[...]
+    a_NxI, b_NxQ, c_NxQ, keep_1xQ = a[...], b[...], c[...], 1.0 - first[...]
 
     def again(t, h_NxI):
         h_QxNxI[t] = h_NxI
@@ -94,8 +94,8 @@ def _backward_body(
         return dh_NxI, before_NxI, da_NxI + dlog_NxI * dt_1xI, db_NxQ, dc_NxQ
 
     zeros = jnp.zeros_like
-    first = carried[...], after_NxI, zeros(a_NxI), zeros(b_NxQ), zeros(c_NxQ)
-    carried[...], _, da_NxI, db[...], dc[...] = jax.lax.fori_loop(0, Q, token, first)
+    end = carried[...], after_NxI, zeros(a_NxI), zeros(b_NxQ), zeros(c_NxQ)
+    carried[...], _, da_NxI, db[...], dc[...] = jax.lax.fori_loop(0, Q, token, end)
     da[...] += da_NxI
     dx[...] = (dinput_QxI[...] * dt[...]).astype(dx.dtype)
     ddt[...] += dinput_QxI[...] * x_QxI
@@ -112,35 +112,35 @@ def _sizes(x_BxMxQxI: jax.Array, a_NxI: jax.Array) -> tuple[tuple[int, int, int]
     return (B, I // lanes, M), (Q, N, lanes)
 
 
-def _forward(x, dt, keep, b, c, a, start, keep_starts: bool) -> list[jax.Array]:
+def _forward(x, dt, first, b, c, a, start, keep_starts: bool) -> list[jax.Array]:
     """[y_BxMxQxI, last_BxNxI] and, if asked, starts_BxMxNxI."""
     grid, (Q, _, lanes) = _sizes(x, a)
     outs = [(like(x, x.shape, x.dtype), "wide"), (like(x, start.shape, jnp.float32), "lanes")]
     if keep_starts:
         outs.append((like(x, (*x.shape[:2], *start.shape[1:]), jnp.float32), "wide"))
-    ins = [(x, "wide"), (dt, "wide"), (keep, "chunk"), (b, "chunk"), (c, "chunk"), (a[None], "lanes"), (start, "lanes")]
+    ins = [(x, "wide"), (dt, "wide"), (first, "chunk"), (b, "chunk"), (c, "chunk"), (a[None], "lanes"), (start, "lanes")]
     scratch = [(a.shape[0], lanes), (Q, lanes), (Q, lanes)]
     body = functools.partial(_forward_body, keep_starts=keep_starts)
     return call(body, "selective_scan_forward", ins, outs, scratch, grid, back=False)
 
 
 @jax.custom_vjp
-def _scan(x, dt, keep, b, c, a, start):
-    return tuple(_forward(x, dt, keep, b, c, a, start, keep_starts=False))
+def _scan(x, dt, first, b, c, a, start):
+    return tuple(_forward(x, dt, first, b, c, a, start, keep_starts=False))
 
 
-def _scan_forward(x, dt, keep, b, c, a, start):
-    y, last, starts = _forward(x, dt, keep, b, c, a, start, keep_starts=True)
-    return (y, last), (x, dt, keep, b, c, a, starts)
+def _scan_forward(x, dt, first, b, c, a, start):
+    y, last, starts = _forward(x, dt, first, b, c, a, start, keep_starts=True)
+    return (y, last), (x, dt, first, b, c, a, starts)
 
 
 def _scan_backward(saved, cotangents):
-    (x, dt, keep, b, c, a, starts), (dy, dlast) = saved, cotangents
+    (x, dt, first, b, c, a, starts), (dy, dlast) = saved, cotangents
     (B, P, M), (Q, N, lanes) = grid, _ = _sizes(x, a)
     outs = [(like(x, x.shape, x.dtype), "wide"), (like(x, dt.shape, jnp.float32), "wide")]
     outs += [(like(x, (B, M, P, N, Q), jnp.float32), "chunk")] * 2
     outs += [(like(x, (B, *a.shape), jnp.float32), "lanes"), (like(x, dlast.shape, jnp.float32), "lanes")]
-    ins = [(x, "wide"), (dt, "wide"), (keep, "chunk"), (b, "chunk"), (c, "chunk"), (a[None], "lanes"), (starts, "wide"),
+    ins = [(x, "wide"), (dt, "wide"), (first, "chunk"), (b, "chunk"), (c, "chunk"), (a[None], "lanes"), (starts, "wide"),
            (dy, "wide"), (dlast, "lanes")]  # fmt: skip
     scratch = [(N, lanes), (Q, lanes), (Q, lanes), (Q, lanes), (Q, N, lanes)]
     dx, ddt, db, dc, da, dstart = call(_backward_body, "selective_scan_backward", ins, outs, scratch, grid, back=True)
@@ -190,16 +190,15 @@ def pallas(
     valid_BxLx1 = valid_BxL[..., None]
     x_BxMxQxI = by_chunk(jnp.where(valid_BxLx1, x_BxLxI, 0), more)
     dt_BxMxQxI = by_chunk(jnp.where(valid_BxLx1, dt_BxLxI.astype(jnp.float32), 0.0), more)  # padding: decay 1, input 0
-    keep_BxLx1 = 1.0 - first_BxL[..., None].astype(jnp.float32)
     a_NxI = jnp.pad(a_IxN.T, ((0, 0), (0, more)))
     h_BxNxI = jnp.pad(jnp.swapaxes(h_BxIxN, 1, 2), ((0, 0), (0, 0), (0, more)))
     y_BxMxQxI, h_BxNxI = _scan(*vary_alike(
-        x_BxMxQxI, dt_BxMxQxI, columns(keep_BxLx1), columns(jnp.where(valid_BxLx1, b_BxLxN, 0)),
+        x_BxMxQxI, dt_BxMxQxI, columns(first_BxL[..., None]), columns(jnp.where(valid_BxLx1, b_BxLxN, 0)),
         columns(jnp.where(valid_BxLx1, c_BxLxN, 0)), a_NxI, h_BxNxI))  # fmt: skip
     return y_BxMxQxI.reshape(B, -1, I + more)[:, :L, :I], jnp.swapaxes(h_BxNxI[..., :I], 1, 2)
 
 
-def _read_flops(x_BxMxQxI, dt, keep, b_BxMx1xNxQ, *_) -> float:
+def _read_flops(x_BxMxQxI, dt, first, b_BxMx1xNxQ, *_) -> float:
     """Of what is read from the states, as `selective_scan.chunked` has it: one product."""
     return 2.0 * math.prod(x_BxMxQxI.shape) * b_BxMx1xNxQ.shape[3]
 
