@@ -11,7 +11,7 @@ import pytest
 
 from kernels.ssd import IMPLEMENTATIONS, ssd
 from tests.kernels.rows import ROWS, assert_near, in_float64, sequential, values_and_gradients, who
-from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
+from tests.kernels.tpu import interpret_pallas, slow_pallas  # noqa: F401  (a fixture)
 
 HEADS, GROUPS, WIDTH, STATE = 4, 2, 3, 2
 
@@ -55,8 +55,14 @@ def oracle_of(rows: tuple[str, ...]) -> tuple:
     return in_float64(lambda x: oracle(x, who(rows)), arrays(rows), who(rows))
 
 
-@pytest.mark.parametrize("implementation, chunk", [("reference", 4), ("chunked", 4), ("chunked", 1), (None, 64), ("pallas", 4)])
-@pytest.mark.parametrize("rows", [ROWS, ("1",)], ids=["rows", "one token"])
+WAYS = [("reference", 4), ("chunked", 4), ("chunked", 1), (None, 64)]
+
+
+@pytest.mark.parametrize(
+    "rows, implementation, chunk",
+    [(rows, *way) for rows in (ROWS, ("1",)) for way in WAYS]
+    + [(ROWS, "pallas", 4), pytest.param(("1",), "pallas", 4, marks=pytest.mark.slow)],
+)
 def test_oracle(rows, implementation, chunk):
     where = who(rows)
     got = values_and_gradients(lambda x: run(x, where, implementation, chunk), arrays(rows), where)
@@ -76,7 +82,7 @@ def test_bfloat16_is_near_the_reference(implementation):
         np.testing.assert_allclose(got.astype(jnp.float32), true, atol=0.02 * np.abs(true).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", slow_pallas(IMPLEMENTATIONS))
 def test_long_steps_are_finite(implementation):
     """A decay that underflows, and in the chunk's upper half one that would overflow."""
     where = who()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -26,6 +26,11 @@ def interpret_pallas(request: pytest.FixtureRequest) -> Iterator[None]:
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         yield
     assert not interpreter.races.races_found
+
+
+def slow_pallas(names: Iterable[str]) -> list:
+    """Parameters of a test that takes long in the interpreter, and whose point a quick test makes, too."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "pallas" else name for name in names]
 
 
 def compiled(fn: Callable, shapes: list[jax.ShapeDtypeStruct], topology: str) -> jax.stages.Compiled:
