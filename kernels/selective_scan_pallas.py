@@ -194,7 +194,7 @@ def pallas(
     h_BxNxI = jnp.pad(jnp.swapaxes(h_BxIxN, 1, 2), ((0, 0), (0, 0), (0, more)))
     y_BxMxQxI, h_BxNxI = _scan(*vary_alike(
         x_BxMxQxI, dt_BxMxQxI, columns(first_BxL[..., None]), columns(jnp.where(valid_BxLx1, b_BxLxN, 0)),
-        columns(jnp.where(valid_BxLx1, c_BxLxN, 0)), a_NxI, h_BxNxI))  # fmt: skip
+        columns(c_BxLxN), a_NxI, h_BxNxI))  # fmt: skip
     return y_BxMxQxI.reshape(B, -1, I + more)[:, :L, :I], jnp.swapaxes(h_BxNxI[..., :I], 1, 2)
 
 
