@@ -83,10 +83,6 @@ def _groups(refs: tuple, *sizes: int) -> list[tuple]:
     return [refs[a:b] for a, b in zip(ends, [*ends[1:], len(refs)])]
 
 
-def _wide(ref) -> jax.Array:
-    return ref[...].astype(jnp.float32) if jnp.issubdtype(ref.dtype, jnp.floating) else ref[...]
-
-
 def _lanes(ref, kind: str, r: int, R: int) -> tuple[slice, slice]:
     """Where head r's (Q, ...) lies, or its (1, Q) where it has one number a token."""
     width = ref.shape[1] // R
@@ -114,7 +110,7 @@ def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[
         def _():
             carried[...] = start[...]
 
-        shared, fixed = [_wide(x) for x in shared], [x[...] for x in fixed]
+        shared, fixed = [x[...].astype(jnp.float32) for x in shared], [x[...] for x in fixed]
         common = kernel.common(dtype, shared, fixed)
         for r in range(R):
             before = carried[r]
@@ -168,7 +164,7 @@ def _scan_backward(kernel, saved, cotangents):
         def _():
             carried[...] = dlast[...]
 
-        shared, fixed = [_wide(x) for x in shared], [x[...] for x in fixed]
+        shared, fixed = [x[...].astype(jnp.float32) for x in shared], [x[...] for x in fixed]
         common, pull_common = jax.vjp(lambda shared: kernel.common(dtype, shared, fixed), shared)
         sums = jax.tree.map(jnp.zeros_like, (shared, common))
         for r in range(R):
