@@ -158,28 +158,36 @@ def test_what_it_cannot_serve_goes_elsewhere(name, caplog):
         jax.eval_shape(lambda *x: run(*x, implementation="pallas"), *args)
 
 
-@pytest.mark.parametrize("check_vma", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_sharded_step_for_four_chips(check_vma):
-    """Under fsdp each chip runs the kernels on its own rows: whole activations are never gathered."""
+@pytest.mark.slow
+@every_kernel
+def test_gradients_vary_over_the_mesh_as_their_arguments(name, devices):
+    """Traced with check_vma: what all rows share has one gradient, summed over devices."""
+    mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    run, make = KERNELS[name]
+    row, whole = PartitionSpec("data"), PartitionSpec()
+    floats = [whole if len(x.shape) < 3 else row for x in make(B=4, L=256)[:-2]]
+    mapped = jax.shard_map(gradient(run), mesh=mesh, in_specs=(*floats, row, row), out_specs=tuple(floats))
+    jax.eval_shape(mapped, *make(B=4, L=256))
+
+
+STEPS = {
+    "mamba": ((Mamba2(head_dim=32, state=16, chunk=128), Mamba()), ("ssd", "selective_scan")),
+    "delta": ((GatedDelta(heads=2, key_dim=32), Rwkv7TimeMix(1, head_dim=32)), ("gated_delta", "wkv7")),
+}
+
+
+@pytest.mark.parametrize("name", ["mamba", pytest.param("delta", marks=pytest.mark.slow)])
+def test_a_sharded_training_step_for_four_chips_has_the_kernels(name):
+    """fsdp on v5e 2x2, forward and backward, under the scan over layers."""
     pytest.importorskip("libtpu", reason="the extra tpu is not installed")
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
-    if check_vma:
-        mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-        row, whole = PartitionSpec("data"), PartitionSpec()
-        for name, (run, make) in KERNELS.items():
-            floats = [whole if len(x.shape) < 3 else row for x in make(B=4, L=256)[:-2]]  # what all rows share: a
-            mapped = jax.shard_map(gradient(run), mesh=mesh, in_specs=(*floats, row, row), out_specs=tuple(floats))
-            text = jax.jit(mapped).lower(*make(B=4, L=256)).compile().as_text()
-            assert f"{name}_backward" in text
-        return
+    mixers, kernels = STEPS[name]
     config = override(preset("quickstart"), {"train.batch_size": 8, "mesh.rules": "fsdp", "model.compute_dtype": "bfloat16"})
-    mixers = Mamba2(head_dim=32, state=16, chunk=128), Mamba(), GatedDelta(heads=2, key_dim=32), Rwkv7TimeMix(1, head_dim=32)
-    stages = (Stage(mixers, 1),)
-    model = dataclasses.replace(config.model, stages=stages)
+    model = dataclasses.replace(config.model, stages=(Stage(mixers, 1),))
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         text = make_program(dataclasses.replace(config, model=model), devices).compile().as_text()
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
-    for name in KERNELS:
-        assert f"{name}_forward" in text and f"{name}_backward" in text
+    for kernel in kernels:
+        assert f"{kernel}_forward" in text and f"{kernel}_backward" in text
