@@ -6,10 +6,14 @@ tests hold all of them to one float64 oracle.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from kernels import gated_delta_pallas
+from kernels.lowering import on_tpu
 
 
 def reference(
@@ -113,6 +117,7 @@ def chunked(
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": reference,
     "chunked": chunked,
+    "pallas": gated_delta_pallas.pallas,
 }
 
 
@@ -142,11 +147,12 @@ def gated_delta(
       log_decay_BxLxH: at most 0. write_BxLxH: 0 to 1 (to 2 for negative eigenvalues), or None.
       positions_BxL, segment_ids_BxL: int32, positions from 0 in each document; segment 0 is padding.
       state_BxHxKxV: the memory before the first token; None: empty.
-      chunk: tokens whose products are taken at once, in `chunked`.
-      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `chunked`.
+      chunk: tokens whose products are taken at once, in `chunked` and `pallas`.
+      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `pallas` where the program is lowered for
+        a TPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Raises:
-      ValueError: shapes that don't fit, a chunk below 1, an unknown implementation.
+      ValueError: shapes that don't fit, a chunk below 1, an implementation that is unknown or can't serve these arguments.
 
     Sources: Yang, Kautz and Hatamizadeh 2024 (Gated DeltaNet), eq. 10 (theirs is the transpose of this S); chunks: Yang et
     al. 2024 (DeltaNet), section 3.2; without `write`: Dao and Gu 2024 (SSD), Yang et al. 2023 (GLA) with one decay a head.
@@ -164,11 +170,10 @@ def gated_delta(
             raise ValueError(f"gated_delta: {name} has shape {array.shape}, not {shape}")
     if chunk < 1:
         raise ValueError(f"gated_delta: chunk {chunk} is below 1")
-    if implementation is None:
-        run = reference if L == 1 else chunked
-    elif implementation in IMPLEMENTATIONS:
-        run = IMPLEMENTATIONS[implementation]
-    else:
+    refusal = gated_delta_pallas.refusal(q_BxLxHxK, v_BxLxHxV, chunk)
+    if implementation == "pallas" and refusal:
+        raise ValueError(refusal)
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"gated_delta: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
         )
@@ -182,5 +187,10 @@ def gated_delta(
     if state_BxHxKxV is None:
         state_BxHxKxV = jnp.zeros((B, H, K, V), jnp.float32)
     state_BxHxKxV = state_BxHxKxV.astype(jnp.float32)
-    y_BxLxHxV, state_BxHxKxV = run(q, k, v, log_decay_BxLxH, write_BxLxH, reset_BxL, state_BxHxKxV, chunk)
+    operands = q, k, v, log_decay_BxLxH, write_BxLxH, reset_BxL, state_BxHxKxV
+    runs = {name: functools.partial(run, chunk=chunk) for name, run in IMPLEMENTATIONS.items()}
+    if implementation is None and L > 1:
+        y_BxLxHxV, state_BxHxKxV = on_tpu(runs["pallas"], runs["chunked"], refusal, *operands)
+    else:
+        y_BxLxHxV, state_BxHxKxV = runs[implementation or "reference"](*operands)
     return y_BxLxHxV.astype(q_BxLxHxK.dtype), state_BxHxKxV

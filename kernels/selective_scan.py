@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 64  # tokens whose (B, I, N) states are alive at one time in `chunked`
+from kernels import selective_scan_pallas
+from kernels.lowering import on_tpu
+
+CHUNK = 64  # tokens whose (B, I, N) states are alive at one time in `chunked` and `pallas`
 
 
 def reference(
@@ -90,9 +94,15 @@ def join(x_MxBxQx: jax.Array, L: int) -> jax.Array:
     return x_BxMxQx.reshape(x_BxMxQx.shape[0], -1, *x_BxMxQx.shape[3:])[:, :L]
 
 
+def pallas(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The TPU's kernels, with the same chunks; arguments and result as of `chunked`."""
+    return selective_scan_pallas.pallas(*operands, CHUNK)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": reference,
     "chunked": chunked,
+    "pallas": pallas,
 }
 
 
@@ -115,13 +125,14 @@ def selective_scan(
       positions_BxL: int32; a valid position 0 begins a document: nothing of the state before is left.
       segment_ids_BxL: int32, 0 is padding: it leaves the state unchanged, and its y means nothing.
       state_BxIxN: float32, before the row; None: zeros.
-      implementation: a key of IMPLEMENTATIONS; None chooses by shape.
+      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `pallas` where the program is lowered for
+        a TPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Returns:
       (y_BxLxI in x's dtype, state_BxIxN after the row, float32). The recurrence is float32 throughout.
 
     Raises:
-      ValueError: an unknown implementation, or shapes that don't fit.
+      ValueError: an unknown implementation, one that can't serve these arguments, or shapes that don't fit.
 
     Source: Gu and Dao 2023 (Mamba), algorithm 2, with the input discretised by Euler as in their code.
     """
@@ -132,14 +143,21 @@ def selective_scan(
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"selective_scan: {name} has shape {array.shape}, not {shape}")
-    if implementation is None:
-        implementation = "reference" if L == 1 else "chunked"
-    if implementation not in IMPLEMENTATIONS:
+    refusal = selective_scan_pallas.refusal(x_BxLxI, a_IxN, CHUNK)
+    if implementation == "pallas" and refusal:
+        raise ValueError(refusal)
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"selective_scan: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     valid_BxL = segment_ids_BxL != 0
     if state_BxIxN is None:
         state_BxIxN = jnp.zeros((B, I, N), jnp.float32)
-    y_BxLxI, state_BxIxN = IMPLEMENTATIONS[implementation](
-        x_BxLxI, dt_BxLxI, a_IxN.astype(jnp.float32), b_BxLxN, c_BxLxN, valid_BxL & (positions_BxL == 0), valid_BxL,
-        state_BxIxN.astype(jnp.float32))  # fmt: skip
-    return y_BxLxI.astype(x_BxLxI.dtype), state_BxIxN
+    operands = (x_BxLxI, dt_BxLxI, a_IxN.astype(jnp.float32), b_BxLxN, c_BxLxN, valid_BxL & (positions_BxL == 0), valid_BxL,
+                state_BxIxN.astype(jnp.float32))  # fmt: skip
+
+    def run(name: str, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y_BxLxI, state_BxIxN = IMPLEMENTATIONS[name](*operands)
+        return y_BxLxI.astype(x_BxLxI.dtype), state_BxIxN
+
+    if implementation is None and L > 1:
+        return on_tpu(functools.partial(run, "pallas"), functools.partial(run, "chunked"), refusal, *operands)
+    return run(implementation or "reference", *operands)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from kernels import ssd_pallas
 from kernels.convolution import document_counts
+from kernels.lowering import on_tpu
 from kernels.selective_scan import join, split, then
 
 
@@ -104,6 +107,7 @@ def chunked(
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": reference,
     "chunked": chunked,
+    "pallas": ssd_pallas.pallas,
 }
 
 
@@ -129,13 +133,14 @@ def ssd(
       segment_ids_BxL: int32, 0 is padding: it leaves the state unchanged, and its y means nothing.
       state_BxHxKxN: float32, before the row; None: zeros.
       chunk: tokens in a chunk of the matrix form.
-      implementation: a key of IMPLEMENTATIONS; None chooses by shape.
+      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `pallas` where the program is lowered for
+        a TPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Returns:
       (y_BxLxHxK in x's dtype, state_BxHxKxN after the row, float32).
 
     Raises:
-      ValueError: an unknown implementation, or shapes that don't fit.
+      ValueError: an unknown implementation, one that can't serve these arguments, or shapes that don't fit.
 
     Source: Dao and Gu 2024 (Mamba-2), sections 6 and listing 1.
     """
@@ -148,15 +153,26 @@ def ssd(
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"ssd: {name} has shape {array.shape}, not {shape}")
-    if implementation is None:
-        implementation = "reference" if L == 1 else "chunked"
-    if implementation not in IMPLEMENTATIONS:
+    refusal = ssd_pallas.refusal(x_BxLxHxK, b_BxLxGxN, chunk)
+    if implementation == "pallas" and refusal:
+        raise ValueError(refusal)
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"ssd: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     if state_BxHxKxN is None:
         state_BxHxKxN = jnp.zeros((B, H, K, N), jnp.float32)
     R = H // G
-    y_BxLxGxRxK, h_BxGxRxKxN = IMPLEMENTATIONS[implementation](
+    operands = (
         x_BxLxHxK.reshape(B, L, G, R, K), dt_BxLxH.astype(jnp.float32).reshape(B, L, G, R),
         a_H.astype(jnp.float32).reshape(G, R), b_BxLxGxN, c_BxLxGxN, document_counts(positions_BxL, segment_ids_BxL),
-        segment_ids_BxL != 0, state_BxHxKxN.astype(jnp.float32).reshape(B, G, R, K, N), chunk)  # fmt: skip
-    return y_BxLxGxRxK.reshape(B, L, H, K).astype(x_BxLxHxK.dtype), h_BxGxRxKxN.reshape(B, H, K, N)
+        segment_ids_BxL != 0, state_BxHxKxN.astype(jnp.float32).reshape(B, G, R, K, N))  # fmt: skip
+
+    def run(name: str, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y_BxLxGxRxK, h_BxGxRxKxN = IMPLEMENTATIONS[name](*operands, chunk)
+        return y_BxLxGxRxK.astype(x_BxLxHxK.dtype), h_BxGxRxKxN
+
+    if implementation is None and L > 1:
+        ways = functools.partial(run, "pallas"), functools.partial(run, "chunked")
+        y_BxLxGxRxK, h_BxGxRxKxN = on_tpu(*ways, refusal, *operands)
+    else:
+        y_BxLxGxRxK, h_BxGxRxKxN = run(implementation or "reference", *operands)
+    return y_BxLxGxRxK.reshape(B, L, H, K), h_BxGxRxKxN.reshape(B, H, K, N)

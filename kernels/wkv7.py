@@ -6,10 +6,14 @@ tests hold all of them to one float64 oracle.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from kernels import wkv7_pallas
+from kernels.lowering import on_tpu
 
 
 def reference(
@@ -121,6 +125,7 @@ def chunked(
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": reference,
     "chunked": chunked,
+    "pallas": wkv7_pallas.pallas,
 }
 
 
@@ -148,15 +153,16 @@ def wkv7(
     Args:
       r, k, v: floating; the receptance reads, k is where v is written.
       key, removal: what is found at `key` is taken away at `removal`; in RWKV-7 kappa, of length 1, and a * kappa.
-      log_decay: at most 0; in `chunked`, chunk * -log_decay must stay under 80 (RWKV-7: at most 32 * 0.61), so that its
-        exponentials are finite.
+      log_decay: at most 0; in `chunked` and `pallas`, chunk * -log_decay must stay under 80 (RWKV-7: at most 32 * 0.61),
+        so that its exponentials are finite.
       positions_BxL, segment_ids_BxL: int32, positions from 0 in each document; segment 0 is padding.
       state_BxHxKxV: the memory before the first token; None: empty.
-      chunk: tokens whose products are taken at once, in `chunked`.
-      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `chunked`.
+      chunk: tokens whose products are taken at once, in `chunked` and `pallas`.
+      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `pallas` where the program is lowered for
+        a TPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Raises:
-      ValueError: shapes that don't fit, a chunk below 1, an unknown implementation.
+      ValueError: shapes that don't fit, a chunk below 1, an implementation that is unknown or can't serve these arguments.
 
     Source: Peng et al. 2025 (RWKV-7), the state evolution of the time mix (theirs is the transpose of this S).
     """
@@ -173,11 +179,10 @@ def wkv7(
             raise ValueError(f"wkv7: {name} has shape {array.shape}, not {shape}")
     if chunk < 1:
         raise ValueError(f"wkv7: chunk {chunk} is below 1")
-    if implementation is None:
-        run = reference if L == 1 else chunked
-    elif implementation in IMPLEMENTATIONS:
-        run = IMPLEMENTATIONS[implementation]
-    else:
+    refusal = wkv7_pallas.refusal(r_BxLxHxK, v_BxLxHxV, chunk)
+    if implementation == "pallas" and refusal:
+        raise ValueError(refusal)
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"wkv7: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     valid_BxL = segment_ids_BxL != 0
     reset_BxL = valid_BxL & (positions_BxL == 0)
@@ -188,5 +193,10 @@ def wkv7(
     k, removal = jnp.where(valid_BxLx1x1, k, 0.0), jnp.where(valid_BxLx1x1, removal, 0.0)
     log_decay = jnp.where(decays_BxLx1x1, log_decay_BxLxHxK.astype(jnp.float32), 0.0)  # at a reset nothing decays
     state = jnp.zeros((B, H, K, V)) if state_BxHxKxV is None else state_BxHxKxV
-    y, state = run(r, log_decay, k, v, key, removal, reset_BxL, state.astype(jnp.float32), chunk)
+    operands = r, log_decay, k, v, key, removal, reset_BxL, state.astype(jnp.float32)
+    runs = {name: functools.partial(run, chunk=chunk) for name, run in IMPLEMENTATIONS.items()}
+    if implementation is None and L > 1:
+        y, state = on_tpu(runs["pallas"], runs["chunked"], refusal, *operands)
+    else:
+        y, state = runs[implementation or "reference"](*operands)
     return y.astype(r_BxLxHxK.dtype), state

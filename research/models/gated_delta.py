@@ -44,7 +44,7 @@ class GatedDelta(MixerConfig):
     delta: bool = True
     eps: PositiveFloat = 1e-5
     chunk: Positive = 64
-    implementation: Literal["reference", "chunked"] | None = None
+    implementation: Literal["reference", "chunked", "pallas"] | None = None
 
     def validate(self):
         if self.heads % (self.key_heads or self.heads):

@@ -38,7 +38,7 @@ class Mamba2(MixerConfig):
     dt_floor: PositiveFloat = 1e-4
     conv_bias: bool = True
     norm_eps: PositiveFloat = 1e-5
-    implementation: Literal["reference", "chunked"] | None = None
+    implementation: Literal["reference", "chunked", "pallas"] | None = None
 
     def validate(self):
         if self.dt_min > self.dt_max:

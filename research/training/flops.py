@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from kernels.pallas_flops import PALLAS_FLOPS
+
 # Flops of one call of a Pallas kernel: a number, or a function of the shapes and dtypes of its operands.
 PallasFlops = Mapping[str, float | Callable[..., float]]
 
@@ -42,7 +44,7 @@ def count_flops(
     Args:
       platform: "tpu", "cuda", "cpu", ... or None for the default branch (the first, if there is no default).
       pallas_flops: by the kernel's `name`, the flops of one call, or a function that gives them from the
-        operands (each with shape and dtype).
+        operands (each with shape and dtype); None: our own kernels'.
 
     Raises:
       ValueError: a while loop that multiplies matrices, a Pallas kernel not in pallas_flops, or a primitive
@@ -51,7 +53,7 @@ def count_flops(
     The yardstick (Kaplan et al. 2020, section 2.1): training a stack of N weights on D tokens is 6ND.
     """
     closed = jax.make_jaxpr(fn)(*args)
-    return _count(closed.jaxpr, platform, {} if pallas_flops is None else pallas_flops)
+    return _count(closed.jaxpr, platform, PALLAS_FLOPS if pallas_flops is None else pallas_flops)
 
 
 def _count(jaxpr: Any, platform: str | None, pallas_flops: PallasFlops) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from kernels.gated_delta import IMPLEMENTATIONS, gated_delta
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
+from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 
 HEADS, KEY, VALUE = 2, 3, 5
 
@@ -60,22 +61,25 @@ def run(tokens, weights, state, positions_BxL, segment_ids_BxL, implementation=N
     return y, {"S": after}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("write", [True, False], ids=["delta", "linear"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, write, implementation",
+    [(layout, write, name) for layout in LAYOUTS for write in (True, False) for name in IMPLEMENTATIONS if name != "pallas"]
+    + [pytest.param("many documents", write, "pallas", marks=pytest.mark.slow) for write in (True, False)],
+)
 def test_matches_the_oracle(layout, write, implementation):
     problem = make(LAYOUTS[layout], write, continues=layout != "one chunk")
     check(functools.partial(run, implementation=implementation), document, problem)
 
 
-def test_repeated_keys_keep_their_digits():
+@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
+def test_repeated_keys_keep_their_digits(implementation):
     """One key for 64 tokens, written in full without decay: an inverse by powers of the matrix would overflow."""
     problem = make(LAYOUTS["one chunk"])
     tokens = {name: np.repeat(x[:, :1], 64, axis=1) for name, x in problem.tokens.items()}
     tokens["v"] = np.random.default_rng(3).normal(size=tokens["v"].shape).astype(np.float32)
     tokens["write"], tokens["log_decay"] = np.ones_like(tokens["write"]), np.zeros_like(tokens["log_decay"])
     ones = np.ones((1, 64), np.int32)
-    y, _ = jax.jit(functools.partial(run, implementation="chunked", chunk=64))(tokens, {}, problem.state, ones, ones)
+    y, _ = jax.jit(functools.partial(run, implementation=implementation, chunk=64))(tokens, {}, problem.state, ones, ones)
     projection = np.einsum("blhk,blhk->blh", tokens["q"], tokens["k"])[..., None]
     other = np.einsum("blhk,bhkv->blhv", tokens["q"], problem.state["S"])
     other -= projection * np.einsum("blhk,bhkv->blhv", tokens["k"], problem.state["S"])
@@ -97,7 +101,7 @@ def test_chunks_of_the_default_size_in_bfloat16(write):
     np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-7, atol=2**-12 * size)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "pallas"])
 def test_transformers_gated_delta_rule(implementation):
     torch = pytest.importorskip("torch")
     theirs = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")

@@ -12,6 +12,7 @@ import pytest
 from kernels import selective_scan as module
 from kernels.selective_scan import IMPLEMENTATIONS, selective_scan
 from tests.kernels.rows import ROWS, assert_near, in_float64, sequential, values_and_gradients, who
+from tests.kernels.tpu import interpret_pallas, slow_pallas  # noqa: F401  (a fixture)
 
 WIDTH, STATE = 3, 2
 
@@ -48,8 +49,11 @@ def oracle_of(rows: tuple[str, ...]) -> tuple:
     return in_float64(lambda x: oracle(x, who(rows)), arrays(rows), who(rows))
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
-@pytest.mark.parametrize("rows", [ROWS, ("1",)], ids=["rows", "one token"])
+@pytest.mark.parametrize(
+    "rows, implementation",
+    [(rows, name) for rows in (ROWS, ("1",)) for name in (*IMPLEMENTATIONS, None) if name != "pallas"]
+    + [(ROWS, "pallas"), pytest.param(("1",), "pallas", marks=pytest.mark.slow)],
+)
 def test_oracle(rows, implementation, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 4)
     where = who(rows)
@@ -68,7 +72,7 @@ def test_bfloat16(implementation):
     np.testing.assert_allclose(y.astype(jnp.float32), y_exact, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", slow_pallas(IMPLEMENTATIONS))
 def test_long_steps_are_finite(implementation):
     """A decay that underflows: values and gradients of everything stay finite."""
     where = who()

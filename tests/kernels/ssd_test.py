@@ -11,6 +11,7 @@ import pytest
 
 from kernels.ssd import IMPLEMENTATIONS, ssd
 from tests.kernels.rows import ROWS, assert_near, in_float64, sequential, values_and_gradients, who
+from tests.kernels.tpu import interpret_pallas, slow_pallas  # noqa: F401  (a fixture)
 
 HEADS, GROUPS, WIDTH, STATE = 4, 2, 3, 2
 
@@ -54,28 +55,34 @@ def oracle_of(rows: tuple[str, ...]) -> tuple:
     return in_float64(lambda x: oracle(x, who(rows)), arrays(rows), who(rows))
 
 
-@pytest.mark.parametrize("implementation, chunk", [("reference", 4), ("chunked", 4), ("chunked", 1), (None, 64)])
-@pytest.mark.parametrize("rows", [ROWS, ("1",)], ids=["rows", "one token"])
+WAYS = [("reference", 4), ("chunked", 4), ("chunked", 1), (None, 64)]
+
+
+@pytest.mark.parametrize(
+    "rows, implementation, chunk",
+    [(rows, *way) for rows in (ROWS, ("1",)) for way in WAYS]
+    + [(ROWS, "pallas", 4), pytest.param(("1",), "pallas", 4, marks=pytest.mark.slow)],
+)
 def test_oracle(rows, implementation, chunk):
     where = who(rows)
     got = values_and_gradients(lambda x: run(x, where, implementation, chunk), arrays(rows), where)
     assert_near(got, oracle_of(rows))
 
 
-def test_bfloat16_is_near_the_reference():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_is_near_the_reference(implementation):
     where = who()
     rounded = {name: jnp.asarray(x, jnp.bfloat16) if name in ("x", "b", "c") else x for name, x in arrays(ROWS).items()}
     exact = {name: x.astype(jnp.float32) for name, x in rounded.items()}
     y_exact, h_exact = run(exact, where, "reference")
-    for implementation in IMPLEMENTATIONS:
-        y, h = run(rounded, where, implementation)
-        assert (y.dtype, h.dtype) == (jnp.bfloat16, jnp.float32)
-        valid = where["segment_ids_BxL"] != 0
-        for got, true in ((y[valid], y_exact[valid]), (h, h_exact)):
-            np.testing.assert_allclose(got.astype(jnp.float32), true, atol=0.02 * np.abs(true).max())
+    y, h = run(rounded, where, implementation)
+    assert (y.dtype, h.dtype) == (jnp.bfloat16, jnp.float32)
+    valid = where["segment_ids_BxL"] != 0
+    for got, true in ((y[valid], y_exact[valid]), (h, h_exact)):
+        np.testing.assert_allclose(got.astype(jnp.float32), true, atol=0.02 * np.abs(true).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", slow_pallas(IMPLEMENTATIONS))
 def test_long_steps_are_finite(implementation):
     """A decay that underflows, and in the chunk's upper half one that would overflow."""
     where = who()
