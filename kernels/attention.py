@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import attention_pallas
+from kernels import attention_decode_pallas, attention_pallas
 from kernels.varying import vary_alike
 from kernels.visibility import MASK_KINDS, Context, Rule, visible
 
@@ -215,27 +215,43 @@ def _where(tpu: Callable, default: Callable) -> Callable:
     return run
 
 
-def _interpreted(function: Callable) -> Callable:
-    return lambda *arrays, rule: function(*arrays, rule=rule, interpret=INTERPRET)
+def _interpreted(kernel: Callable) -> Callable:
+    return lambda *arrays, rule: kernel(*arrays, rule=rule, interpret=INTERPRET)
 
 
-# The Pallas kernels of attention_pallas.py: compiled for a TPU; interpreted, and slow, elsewhere.
-flash = Form(_where(attention_pallas.forward, _interpreted(attention_pallas.forward)),
-             _where(attention_pallas.backward, _interpreted(attention_pallas.backward)))
-flash_or_chunked = Form(_where(attention_pallas.forward, _chunked_forward), _where(attention_pallas.backward, _chunked_backward))
+def _kernels(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, elsewhere: Form | None) -> Form | str:
+    """The Pallas kernels for a TPU: those for few queries where they fit; or why none can serve these shapes and dtypes.
+
+    elsewhere: what runs where there is no TPU; None: the same kernels, interpreted, and slow.
+    """
+    if attention_decode_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV) is None:
+        forward, backward = attention_decode_pallas.forward, None
+    elif reason := attention_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV):
+        return reason
+    else:
+        forward, backward = attention_pallas.forward, attention_pallas.backward
+    others = elsewhere or Form(_interpreted(forward), _interpreted(backward))
+    return Form(_where(forward, others.forward), _where(backward, others.backward) if backward else _chunked_backward)
+
+
+def flash(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, *rest: Any) -> jax.Array:
+    """attention_pallas.py and attention_decode_pallas.py: memory linear in L and in S, blocks that nothing sees left out."""
+    form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, None)
+    if isinstance(form, str):
+        raise ValueError(f"attention: flash can't serve this: {form}")
+    return form(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, *rest)
+
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked, "flash": flash}
 
 
-def default_implementation(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Callable[..., jax.Array]:
-    """What runs when none is named, by static shapes and dtypes; between back ends decides the lowering of the program."""
-    if q_BxLxHxK.shape[1] == 1:
-        return reference
-    reason = attention_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
-    if reason is None:
-        return flash_or_chunked
-    logger.info("attention: chunked on every back end; flash can't: %s", reason)
-    return chunked
+def default_implementation(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form:
+    """What runs when none is named: `chunked`, and on a TPU `flash`, if it can; the lowering of the program decides."""
+    form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, chunked)
+    if isinstance(form, str):
+        logger.info("attention: chunked on every back end; flash can't serve this: %s", form)
+        return chunked
+    return form
 
 
 def attention(
@@ -314,7 +330,5 @@ def attention(
         raise ValueError(
             f"attention: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
         )
-    if run is flash and (reason := attention_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)):
-        raise ValueError(f"attention: flash can't serve this: {reason}")
     rule = Rule(mask_kind, window, softcap, scale)
     return run(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H, context, rule)

@@ -26,7 +26,7 @@ LONGEST_LIST = 65536  # blocks in all lists of a call: 256 KiB of a core's 1 MiB
 ROW_BYTES = 2**23  # of the queries' gradients that the backward kernel keeps on the chip at one time
 VMEM_BYTES = 48 * 2**20
 FIRST, LAST, SOME, ALL = 1, 2, 4, 8  # of a visit: begins its row of blocks, ends it; some pairs are visible, all are
-_FLOOR = float(jnp.finfo(jnp.float32).min)  # finite, so that a query which sees nothing can't make a NaN
+FLOOR = float(jnp.finfo(jnp.float32).min)  # finite, so that a query which sees nothing can't make a NaN
 
 
 class Plan(NamedTuple):
@@ -40,14 +40,14 @@ class Plan(NamedTuple):
     value_width: int
 
 
-def _up(size: int, unit: int) -> int:
+def up(size: int, unit: int) -> int:
     return size + -size % unit
 
 
 def plan(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Plan:
     L, S = q_BxLxHxK.shape[1], k_BxSxGxK.shape[1]
-    block_q, block_k = min(BLOCK, _up(L, 128)), min(BLOCK, _up(S, 128))
-    return Plan(_up(L, block_q), _up(S, block_k), block_q, block_k, _up(q_BxLxHxK.shape[3], 64), _up(v_BxSxGxV.shape[3], 64))
+    block_q, block_k = min(BLOCK, up(L, 128)), min(BLOCK, up(S, 128))
+    return Plan(up(L, block_q), up(S, block_k), block_q, block_k, up(q_BxLxHxK.shape[3], 64), up(v_BxSxGxV.shape[3], 64))
 
 
 def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> str | None:
@@ -67,7 +67,7 @@ def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) ->
     return None
 
 
-def _visits(some_BxIxJ: jax.Array, all_BxIxJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+def visits(some_BxIxJ: jax.Array, all_BxIxJ: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(the lists, flat, T a row of the batch; the longest one's length). An entry: (i * J + j) * 16 + flags.
 
     Every i is visited at least once, so that its result is written. Behind a list's end its last entry comes again, without
@@ -88,13 +88,13 @@ def _visits(some_BxIxJ: jax.Array, all_BxIxJ: jax.Array) -> tuple[jax.Array, jax
     return list_BxT.reshape(-1), jnp.max(count_Bx1)
 
 
-def _place(entry: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+def place(entry: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
     """(row, column) of the block that an entry of a list names."""
     place = jax.lax.shift_right_logical(entry, 4)
     return jax.lax.div(place, columns), jax.lax.rem(place, columns)  # not // and %: those ask for the sign, and the device
 
 
-def _dot(a, b, contract: tuple[int, int]) -> jax.Array:
+def dot(a, b, contract: tuple[int, int]) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
                                preferred_element_type=jnp.float32)
@@ -107,7 +107,7 @@ def _column(row_1xC: jax.Array) -> jax.Array:
 
 def _scores(q_KxC, k_EK, q_ids, k_ids, slope, rule: Rule, masked: bool):
     """(scores_ExC of E keys and C queries before the mask; seen_ExC or None; the cap's derivative or None; distance_ExC or None)."""
-    scores_ExC = _dot(k_EK, q_KxC, (1, 0)) * rule.scale
+    scores_ExC = dot(k_EK, q_KxC, (1, 0)) * rule.scale
     seen_ExC = slack_ExC = distance_ExC = None
     if rule.softcap is not None:
         capped_ExC = jnp.tanh(scores_ExC / rule.softcap)
@@ -131,21 +131,21 @@ def _forward_kernel(visits, slopes, q, k, v, q_ids, k_ids, y, lse, top, total, s
 
     @pl.when(entry & FIRST != 0)
     def _():
-        top[...] = jnp.full_like(top, _FLOOR)
+        top[...] = jnp.full_like(top, FLOOR)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
     def visit(masked: bool) -> None:
         scores_ExC, seen_ExC, _, _ = _scores(q[...], k[...], q_ids[...], k_ids[...], slope, rule, masked)
         if masked:
-            scores_ExC = jnp.where(seen_ExC, scores_ExC, _FLOOR)
+            scores_ExC = jnp.where(seen_ExC, scores_ExC, FLOOR)
         top_1xC = jnp.maximum(top[...], jnp.max(scores_ExC, axis=0, keepdims=True))
         weights_ExC = jnp.exp(scores_ExC - top_1xC)
         if masked:
             weights_ExC = jnp.where(seen_ExC, weights_ExC, 0.0)
         fade_1xC = jnp.exp(top[...] - top_1xC)
         total[...] = total[...] * fade_1xC + jnp.sum(weights_ExC, axis=0, keepdims=True)
-        sums[...] = sums[...] * fade_1xC + _dot(v[...], weights_ExC.astype(v.dtype), (1, 0))
+        sums[...] = sums[...] * fade_1xC + dot(v[...], weights_ExC.astype(v.dtype), (1, 0))
         top[...] = top_1xC
 
     pl.when(entry & SOME != 0)(functools.partial(visit, True))
@@ -180,17 +180,17 @@ def _backward_kernel(visits, slopes, q, k, v, q_ids, k_ids, lse, pulled, dy, dq,
         weights_ExC = jnp.exp(scores_ExC - lse[...])
         if masked:
             weights_ExC = jnp.where(seen_ExC, weights_ExC, 0.0)
-        dv_sum[...] += _dot(weights_ExC.astype(dy.dtype), dy[...], (1, 1))
-        dscores_ExC = weights_ExC * (_dot(v[...], dy[...], (1, 0)) - pulled[...])
+        dv_sum[...] += dot(weights_ExC.astype(dy.dtype), dy[...], (1, 1))
+        dscores_ExC = weights_ExC * (dot(v[...], dy[...], (1, 0)) - pulled[...])
         if alibi:
             dslopes[r] -= jnp.sum(dscores_ExC * distance_ExC, axis=0, keepdims=True)
         if slack_ExC is not None:
             dscores_ExC *= slack_ExC
         dscores_ExC = (dscores_ExC * rule.scale).astype(q.dtype)
-        dk_sum[...] += _dot(dscores_ExC, q[...], (1, 1))
+        dk_sum[...] += dot(dscores_ExC, q[...], (1, 1))
         block_q = q.shape[1]
-        here = pl.ds(pl.multiple_of(_place(entry, rows)[1] * block_q, block_q), block_q)
-        dq[r, :, here] += _dot(k[...], dscores_ExC, (0, 0))
+        here = pl.ds(pl.multiple_of(place(entry, rows)[1] * block_q, block_q), block_q)
+        dq[r, :, here] += dot(k[...], dscores_ExC, (0, 0))
 
     pl.when(entry & SOME != 0)(functools.partial(visit, True))
     pl.when(entry & ALL != 0)(functools.partial(visit, False))
@@ -212,36 +212,36 @@ class _Padded(NamedTuple):
     context: Context
 
 
-def _fill(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
+def fill(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
     """x, with zeros behind it up to each axis's size."""
     return jnp.pad(x, [(0, (sizes[axis] if axis in sizes else size) - size) for axis, size in enumerate(x.shape)])
 
 
 def _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context: Context, p: Plan) -> _Padded:
-    q_rows = [_fill(x.astype(jnp.int32), {1: p.length}) for x in (context.q_positions_BxL, context.q_segment_ids_BxL)]
+    q_rows = [fill(x.astype(jnp.int32), {1: p.length}) for x in (context.q_positions_BxL, context.q_segment_ids_BxL)]
     prefix = context.k_prefix_BxS
     prefix = jnp.zeros_like(context.k_positions_BxS) if prefix is None else prefix.astype(jnp.int32)
-    k_rows = [_fill(x.astype(jnp.int32), {1: p.keys}) for x in (context.k_positions_BxS, context.k_segment_ids_BxS, prefix)]
+    k_rows = [fill(x.astype(jnp.int32), {1: p.keys}) for x in (context.k_positions_BxS, context.k_segment_ids_BxS, prefix)]
     slopes_H = jnp.zeros(q_BxLxHxK.shape[2], jnp.float32) if slopes_H is None else slopes_H.astype(jnp.float32)
     return _Padded(
-        q_BxHxKxL=_fill(jnp.transpose(q_BxLxHxK, (0, 2, 3, 1)), {2: p.width, 3: p.length}),
-        k_BxGxSxK=_fill(jnp.transpose(k_BxSxGxK, (0, 2, 1, 3)), {2: p.keys, 3: p.width}),
+        q_BxHxKxL=fill(jnp.transpose(q_BxLxHxK, (0, 2, 3, 1)), {2: p.width, 3: p.length}),
+        k_BxGxSxK=fill(jnp.transpose(k_BxSxGxK, (0, 2, 1, 3)), {2: p.keys, 3: p.width}),
         q_ids_Bx2xL=jnp.stack(q_rows, axis=1), k_ids_Bx3xS=jnp.stack(k_rows, axis=1), slopes_H=slopes_H,
         context=Context(q_rows[0], k_rows[0], q_rows[1], k_rows[1], k_rows[2] != 0))
 
 
-def _like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+def like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
     """An output that varies over the mesh axes that x varies over."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-def _compiler(semantics: str) -> pltpu.CompilerParams:
+def compiler(semantics: str) -> pltpu.CompilerParams:
     """semantics: of each axis of the grid, p(arallel) or a(rbitrary)."""
     words = tuple({"p": "parallel", "a": "arbitrary"}[letter] for letter in semantics)
     return pltpu.CompilerParams(dimension_semantics=words, vmem_limit_bytes=VMEM_BYTES)
 
 
-def _cost(products: int, size: int, *arrays: jax.Array) -> pl.CostEstimate:
+def cost(products: int, size: int, *arrays: jax.Array) -> pl.CostEstimate:
     """products: multiply-adds of a pair of a query and a key; every pair counts, visible or not, as in `chunked`."""
     bytes_accessed = sum(x.size * x.dtype.itemsize for x in arrays)
     return pl.CostEstimate(flops=2 * products * size, transcendentals=size, bytes_accessed=bytes_accessed)
@@ -253,15 +253,15 @@ def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, sl
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
     p = plan(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
     padded = _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context, p)
-    v_BxGxVxS = _fill(jnp.transpose(v_BxSxGxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.keys})
-    visits, count = _visits(*visible_blocks(padded.context, rule, p.block_q, p.block_k))
+    v_BxGxVxS = fill(jnp.transpose(v_BxSxGxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.keys})
+    lists, count = visits(*visible_blocks(padded.context, rule, p.block_q, p.block_k))
     columns = p.keys // p.block_k
     blocks = p.length // p.block_q * columns
 
     def spec(shape, index):
         """index: of the block, from b, h, i, j."""
         def at(b, h, t, visits, slopes):
-            return index(b, h, *_place(visits[b * blocks + t], columns))
+            return index(b, h, *place(visits[b * blocks + t], columns))
         return pl.BlockSpec(shape, at)
 
     q_spec = spec((None, None, p.width, p.block_q), lambda b, h, i, j: (b, h, 0, i))
@@ -274,14 +274,14 @@ def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, sl
     row = pltpu.VMEM((1, p.block_q), jnp.float32)
     y_BxHxVxL, lse_BxHx1xL = pl.pallas_call(
         functools.partial(_forward_kernel, blocks=blocks, alibi=slopes_H is not None, rule=rule),
-        out_shape=[_like(q_BxLxHxK, (B, H, p.value_width, p.length), q_BxLxHxK.dtype),
-                   _like(q_BxLxHxK, (B, H, 1, p.length), jnp.float32)],
+        out_shape=[like(q_BxLxHxK, (B, H, p.value_width, p.length), q_BxLxHxK.dtype),
+                   like(q_BxLxHxK, (B, H, 1, p.length), jnp.float32)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(B, H, count), in_specs=[q_spec, k_spec, v_spec, q_ids_spec, k_ids_spec],
             out_specs=[y_spec, lse_spec], scratch_shapes=[row, row, pltpu.VMEM((p.value_width, p.block_q), jnp.float32)]),
-        cost_estimate=_cost(K + V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, q_BxLxHxK),
-        compiler_params=_compiler("ppa"), interpret=interpret, name="flash_attention_forward",
-    )(visits, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxVxS, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS)
+        cost_estimate=cost(K + V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, q_BxLxHxK),
+        compiler_params=compiler("ppa"), interpret=interpret, name="flash_attention_forward",
+    )(lists, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxVxS, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS)
     return jnp.transpose(y_BxHxVxL[:, :, :V, :L], (0, 3, 1, 2)), lse_BxHx1xL[:, :, 0, :L]
 
 
@@ -301,7 +301,7 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
 
     def split(x, axis):
         """Chunks in front; what fills the last one up is segment 0, which sees nothing."""
-        x = _fill(x, {axis: _up(L, chunk)})
+        x = fill(x, {axis: up(L, chunk)})
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1:]), axis, 0)
 
     if chunk >= L:
@@ -329,17 +329,17 @@ def _chunk_backward(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context: Con
     R = H // G
     p = plan(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
     padded = _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context, p)
-    dy_BxHxVxL = _fill(jnp.transpose(dy_BxLxHxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.length})
-    v_BxGxSxV = _fill(jnp.transpose(v_BxSxGxV, (0, 2, 1, 3)), {2: p.keys, 3: p.value_width})
-    lse_BxHx1xL, pulled_BxHx1xL = (_fill(x[:, :, None], {3: p.length}) for x in (lse_BxHxL, pulled_BxHxL))
-    visits, count = _visits(*(jnp.swapaxes(x, 1, 2) for x in visible_blocks(padded.context, rule, p.block_q, p.block_k)))
+    dy_BxHxVxL = fill(jnp.transpose(dy_BxLxHxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.length})
+    v_BxGxSxV = fill(jnp.transpose(v_BxSxGxV, (0, 2, 1, 3)), {2: p.keys, 3: p.value_width})
+    lse_BxHx1xL, pulled_BxHx1xL = (fill(x[:, :, None], {3: p.length}) for x in (lse_BxHxL, pulled_BxHxL))
+    lists, count = visits(*(jnp.swapaxes(x, 1, 2) for x in visible_blocks(padded.context, rule, p.block_q, p.block_k)))
     rows = p.length // p.block_q
     blocks = p.keys // p.block_k * rows
 
     def spec(shape, index):
         """index: of the block, from b, g, h, i, j."""
         def at(b, g, t, r, visits, slopes):
-            j, i = _place(visits[b * blocks + t], rows)
+            j, i = place(visits[b * blocks + t], rows)
             return index(b, g, g * R + r, i, j)
         return pl.BlockSpec(shape, at)
 
@@ -355,15 +355,15 @@ def _chunk_backward(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context: Con
     shapes = [(B, H, p.width, p.length), (B, G, p.keys, p.width), (B, G, p.keys, p.value_width), (B, H, 1, p.block_q)]
     dq_BxHxKxL, dk_BxGxSxK, dv_BxGxSxV, dslopes_BxHx1xC = pl.pallas_call(
         functools.partial(_backward_kernel, blocks=blocks, rows=rows, alibi=slopes_H is not None, rule=rule),
-        out_shape=[_like(q_BxLxHxK, shape, jnp.float32) for shape in shapes],
+        out_shape=[like(q_BxLxHxK, shape, jnp.float32) for shape in shapes],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(B, G, count, R),
             in_specs=[q_spec, k_spec, v_spec, q_ids_spec, k_ids_spec, row_spec, row_spec, dy_spec],
             out_specs=[dq_spec, k_spec, v_spec, dslopes_spec],
             scratch_shapes=[pltpu.VMEM((p.block_k, p.width), jnp.float32), pltpu.VMEM((p.block_k, p.value_width), jnp.float32)]),
-        cost_estimate=_cost(3 * K + 2 * V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, dy_BxLxHxV, q_BxLxHxK, k_BxSxGxK),
-        compiler_params=_compiler("ppaa"), interpret=interpret, name="flash_attention_backward",
-    )(visits, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxSxV, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS,
+        cost_estimate=cost(3 * K + 2 * V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, dy_BxLxHxV, q_BxLxHxK, k_BxSxGxK),
+        compiler_params=compiler("ppaa"), interpret=interpret, name="flash_attention_backward",
+    )(lists, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxSxV, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS,
       lse_BxHx1xL, pulled_BxHx1xL, dy_BxHxVxL)
     dq = jnp.transpose(dq_BxHxKxL[:, :, :K, :L], (0, 3, 1, 2))
     dk, dv = (jnp.swapaxes(x, 1, 2)[:, :S] for x in (dk_BxGxSxK, dv_BxGxSxV))
