@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import attention_decode_pallas, attention_pallas
+from kernels import attention_decode_pallas, attention_pallas, attention_ring
 from kernels.varying import vary_alike
 from kernels.visibility import MASK_KINDS, Context, Rule, visible
 
@@ -234,12 +234,16 @@ def _kernels(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, e
     return Form(_where(forward, others.forward), _where(backward, others.backward) if backward else _chunked_backward)
 
 
-def flash(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, *rest: Any) -> jax.Array:
-    """attention_pallas.py and attention_decode_pallas.py: memory linear in L and in S, blocks that nothing sees left out."""
+def flash_form(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form:
     form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, None)
     if isinstance(form, str):
         raise ValueError(f"attention: flash can't serve this: {form}")
-    return form(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, *rest)
+    return form
+
+
+def flash(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, *rest: Any) -> jax.Array:
+    """attention_pallas.py and attention_decode_pallas.py: memory linear in L and in S, blocks that nothing sees left out."""
+    return flash_form(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, *rest)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked, "flash": flash}
@@ -252,6 +256,13 @@ def default_implementation(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV
         logger.info("attention: chunked on every back end; flash can't serve this: %s", form)
         return chunked
     return form
+
+
+def _ring(run: Callable[..., jax.Array], axis_name: attention_ring.AxisName) -> Form:
+    if not isinstance(run, Form):
+        raise ValueError("attention: the reference doesn't go round a ring; implementation='chunked' does")
+    return Form(functools.partial(attention_ring.forward, attend=run.forward, axis_name=axis_name),
+                functools.partial(attention_ring.backward, pull=run.backward, axis_name=axis_name))
 
 
 def attention(
@@ -270,6 +281,7 @@ def attention(
     softcap: float | None = None,
     scale: float,
     implementation: str | None = None,
+    axis_name: attention_ring.AxisName | None = None,
 ) -> jax.Array:
     """Attention of L queries to S keys: y_BxLxHxV, in q's dtype.
 
@@ -291,6 +303,8 @@ def attention(
       window: in tokens, the query's own included. alibi_slopes_H: positive, differentiable.
       scale: often K**-0.5.
       implementation: a key of IMPLEMENTATIONS; None chooses by shape, dtype and back end.
+      axis_name: inside `jax.shard_map`, the mesh axis along which the arguments hold shards of rows: L queries and S keys of
+        each device, in any order. Keys go round (attention_ring.py), nothing is gathered. None: rows are whole.
 
     Raises:
       ValueError: an unknown mask_kind or implementation, shapes that don't fit, a window below 1, a softcap
@@ -322,13 +336,14 @@ def attention(
         raise ValueError(f"attention: softcap {softcap} isn't above 0; None turns it off")
     if alibi_slopes_H is not None and alibi_slopes_H.shape != (H,):
         raise ValueError(f"attention: alibi_slopes_H has shape {alibi_slopes_H.shape}, not {(H,)}")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    arrays = (q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
     if implementation is None:
-        run = default_implementation(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
-    elif implementation in IMPLEMENTATIONS:
-        run = IMPLEMENTATIONS[implementation]
+        run = default_implementation(*arrays)
     else:
-        raise ValueError(
-            f"attention: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
-        )
+        run = flash_form(*arrays) if implementation == "flash" else IMPLEMENTATIONS[implementation]
+    if axis_name is not None:
+        run = _ring(run, axis_name)
     rule = Rule(mask_kind, window, softcap, scale)
     return run(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H, context, rule)

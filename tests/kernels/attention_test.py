@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax.experimental.pallas import tpu as pltpu
+
 from kernels import attention as module
+from kernels import attention_pallas
 from kernels.attention import IMPLEMENTATIONS, attention
+from research.training.flops import count_flops
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ CASES = {
     "softcap": Case((LONG,), softcap=2.0, magnitude=3.0),
     "softcap, alibi, window, gqa": Case(PADDED, heads=4, softcap=1.5, alibi=True, window=3),
     "large scores": Case((LONG,), magnitude=40.0),
+    "decode": Case(("1", "1"), ("1" * 20 + "0" * 21, "1" * 41), heads=4, q_from=19),
+    "a few queries, of everything": Case(("11110",) * 2, ("1" * 30 + "0" * 11, "2" * 9 + "1" * 32), heads=4, groups=1,
+                                         alibi=True, window=12, softcap=2.0, head_dim=3, value_dim=5, q_from=9),
+    "decode, prefix": Case(("111",), ("1" * 40,), heads=8, groups=8, mask_kind="prefix", q_from=7),
     "decode, cache with empty slots": Case(("1", "1"), ("1111111000", "1111111111"), q_from=6),
     "prefill on a cache": Case(("11110",), ("1111111110000",), heads=4, q_from=5),
     "cross": Case(("1" * 20, "1122200" + "0" * 13), ("1111110", "1222200"), mask_kind="bidirectional"),
@@ -176,12 +184,19 @@ def oracle_of(name: str):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """So that short rows take several chunks."""
+    """So that short rows take several chunks, and several blocks of the kernels in Pallas's TPU interpret mode."""
     monkeypatch.setattr(module, "QUERY_CHUNK", 16)
+    monkeypatch.setattr(attention_pallas, "BLOCK", 16)
+    monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+# An interpreted kernel takes seconds to compile: all of them run in the slow tests, these always.
+ALWAYS = ("softcap, alibi, window, gqa", "prefix, window", "window 5, bidirectional", "decode", "a few queries, of everything")
+BATTERY = [pytest.param(name, implementation, marks=[pytest.mark.slow] if implementation == "flash" and name not in ALWAYS else [])
+           for name in CASES for implementation in IMPLEMENTATIONS]
+
+
+@pytest.mark.parametrize("name, implementation", BATTERY)
 def test_matches_the_oracle(name, implementation, small_chunks):
     arrays, rest = arguments(CASES[name])
     expected = oracle_of(name)
@@ -208,8 +223,8 @@ def test_a_query_that_sees_nothing_gives_exact_zeros(mask_kind, implementation, 
         run(arrays, rest, implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["gqa", "softcap, alibi, window, gqa", "bidirectional", "large scores"])
+@pytest.mark.parametrize("name, implementation", [
+    row for row in BATTERY if row.values[0] in ("gqa", "softcap, alibi, window, gqa", "bidirectional", "large scores", "decode")])
 def test_bfloat16_is_as_near_as_the_reference(name, implementation, small_chunks):
     arrays, rest = arguments(CASES[name])
     rounded = {key: jnp.asarray(x, jnp.bfloat16) for key, x in arrays.items()}
@@ -265,13 +280,63 @@ def test_chunked_program_does_not_grow_with_length(small_chunks):
     assert program(32) == program(320)
 
 
-def test_none_chooses_by_shape(small_chunks):
-    assert module.default_implementation(1) is module.reference  # a decode step has nothing to cut into chunks
-    assert module.default_implementation(2) is module.chunked
+def test_none_is_chunked_off_a_tpu(small_chunks):
+    """The flash kernels are in the program until it is lowered."""
+    for name in ("gqa", "decode"):
+        arrays, rest = arguments(CASES[name])
+        program = jax.jit(lambda a: run(a, rest, None))  # noqa: B023
+        assert "pallas_call" in str(program.trace(arrays).jaxpr)
+        assert "custom_call_target=\"tpu" not in program.lower(arrays).compile().as_text()
+        np.testing.assert_allclose(program(arrays), run(arrays, rest, "reference"), rtol=1e-5, atol=1e-6)
+
+
+def test_what_flash_refuses_runs_chunked_and_says_so(caplog):
     arrays, rest = arguments(CASES["gqa"])
-    program = str(jax.make_jaxpr(lambda a: run(a, rest, None))(arrays))
-    assert "scan" in program
-    np.testing.assert_allclose(run(arrays, rest, None), run(arrays, rest, "reference"), rtol=1e-5, atol=1e-6)
+    halves = {key: x.astype(np.float16) for key, x in arrays.items()}
+    with pytest.raises(ValueError, match="flash can't serve this: q, k and v are float16"):
+        run(halves, rest, "flash")
+    with caplog.at_level("INFO"):
+        run(halves, rest, None)
+    assert len(caplog.messages) == 1 and "float16" in caplog.text
+
+
+def test_races_are_looked_for(capfd, monkeypatch):
+    """Forward and backward, with what the grid calls parallel on two cores; the detector prints what it finds."""
+    monkeypatch.setattr(attention_pallas, "BLOCK", 16)
+    monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
+    arrays, rest = arguments(CASES["gqa"])
+    values_and_gradients(lambda a: run(a, rest, "flash"), arrays, arrays["q"].shape)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_many_queries_go_backward_in_chunks(small_chunks, monkeypatch):
+    """As where the gradients of a key head's queries don't fit on the chip: here 16 of 41 at a time."""
+    monkeypatch.setattr(attention_pallas, "ROW_BYTES", 1)
+    name = "padding, gqa, bidirectional"
+    arrays, rest = arguments(CASES[name])
+    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, oracle_of(name)[0].shape)
+    for key, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, oracle_of(name)[1][key], rtol=2e-5, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("queries", [1, 32])
+def test_a_block_that_nothing_sees_is_never_read(queries, small_chunks):
+    """Rows of packed documents, a cache's empty slots: NaNs there leave no trace, though 0 * NaN is NaN."""
+    case = Case(("2" * queries,), ("1" * 16 + "2" * 32 + "0" * 16,), q_from=31 if queries == 1 else 0)
+    arrays, rest = arguments(case)
+    for key in "kv":
+        arrays[key][:, :16] = arrays[key][:, 48:] = np.nan
+    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, arrays["q"].shape)
+    assert np.isfinite(y).all()
+    if queries > 1:  # the backward pass of a few queries is the portable one
+        assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_flops_are_the_same_on_every_back_end():
+    arrays, rest = arguments(Case(("1" * 300 + "2" * 212,), heads=4, groups=2, value_dim=6))
+    step = jax.value_and_grad(lambda a: run(a, rest, None).sum())
+    pairs = 2 * 4 * 512 * 512
+    assert count_flops(step, arrays) == count_flops(step, arrays, platform="tpu") == pairs * ((4 + 6) + (3 * 4 + 2 * 6))
 
 
 def test_the_default_chunk_at_its_own_size():
@@ -315,7 +380,7 @@ def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, dev
 
 
 BAD = {
-    "no such implementation": (dict(implementation="flash"), "reference, chunked"),
+    "no such implementation": (dict(implementation="fused"), "reference, chunked, flash"),
     "no such mask": (dict(mask_kind="full"), "causal, bidirectional, prefix"),
     "prefix without its mask": (dict(mask_kind="prefix"), "k_prefix_BxS"),
     "window 0": (dict(window=0), "window 0"),
