@@ -198,8 +198,8 @@ def _chunked_backward(q, k, v, slopes, context: Context, y_BxLxHxV, lse_BxHxL, d
     return chunks.join_heads(dq), dk.astype(k.dtype), dv.astype(v.dtype), dslopes
 
 
-# `reference`, for QUERY_CHUNK queries at a time: memory linear in L and in S, forward and backward. The backward pass keeps q, k,
-# v, y and each query's log of the sum, and makes each chunk's weights again from them (Dao et al. 2022, appendix B.2); the
+# `reference`, for QUERY_CHUNK queries at a time: memory linear in L and in S, forward and backward. The backward pass keeps q,
+# k, v, y and each query's log of the sum, and makes each chunk's weights again from them (Dao et al. 2022, appendix B.2); the
 # gradients of k, v and the slopes are summed over chunks in float32.
 chunked = Form(_chunked_forward, _chunked_backward)
 

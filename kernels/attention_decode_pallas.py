@@ -1,7 +1,7 @@
 """Attention of a few queries to a long cache on a TPU, in Pallas: forward only.
 
-The cache is read once, as it lies in memory, and only the blocks that some query of the row sees: an empty slot costs nothing. The
-query heads of a key head are the rows of one product. Softmax and sums are float32, as in attention_pallas.py.
+The cache is read once, as it lies in memory, and only the blocks that some query of the row sees: an empty slot costs nothing.
+The query heads of a key head are the rows of one product. Softmax, sums and precision are those of attention_pallas.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) ->
     return flash.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
 
 
-def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, blocks: int, slots: int, alibi: bool, rule: Rule):
+def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, blocks: int, slots: int, alibi: bool,
+            rule: Rule):
     """One block of the cache, for some key heads: `top`, `total` and `sums` live as long as the row."""
     entry = visits[pl.program_id(0) * blocks + pl.program_id(2)]
     heads, _, width = q.shape
@@ -90,11 +91,18 @@ def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, 
 def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, slopes_H: jax.Array | None, context: Context,
             rule: Rule, *, interpret=False) -> tuple[jax.Array, jax.Array]:
     """(y_BxLxHxV, lse_BxHxL: log of the sum of exp(scores), float32); arguments as in `attention.attention`."""
+    S, G, K = k_BxSxGxK.shape[1:]
+    V = v_BxSxGxV.shape[3]
+    room = BLOCK_BYTES // (_groups_per_block(G, K, V) * max(K, V) * k_BxSxGxK.dtype.itemsize) // 128 * 128
+    block = min(flash.BLOCK, max(128, room), S)
+    return _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, block=block, rule=rule, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "rule", "interpret"), inline=True)
+def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, block: int, rule: Rule, interpret):
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
     R, N = H // G, _groups_per_block(G, K, V)
     M = flash.up(L * R, 16)
-    room = BLOCK_BYTES // (N * max(K, V) * k_BxSxGxK.dtype.itemsize) // 128 * 128
-    block = min(flash.BLOCK, max(128, room), S)
 
     def rows(x_BxLxHxK):
         """x_BxGxMxK, M = query, then head of the group; behind them rows of segment 0, which see nothing."""

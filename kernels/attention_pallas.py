@@ -3,7 +3,7 @@
 Each row of the batch has a list of its visible blocks (`visits`), read from scalar memory, and the grid is as long as the
 longest list: a block that nothing sees costs neither a product nor a load, and one that all see needs no mask. Scores are kept
 transposed, keys down and queries across: what belongs to a query (maximum, sum, log-sum-exp) is then one row of lanes, and
-reductions over keys are sums of registers. Softmax and sums are float32; so are products, of float32 arguments at HIGHEST precision.
+reductions over keys are sums of registers. Softmax and all sums are float32; products of float32 are at HIGHEST precision.
 
 Sources: Dao et al. 2022 (FlashAttention), algorithms 1 and 4; Dao 2023 (FlashAttention-2), section 3.1.
 """
@@ -30,24 +30,23 @@ FLOOR = float(jnp.finfo(jnp.float32).min)  # finite, so that a query which sees 
 
 
 class Plan(NamedTuple):
-    """Static sizes of a call, rows of blocks and columns in the order of the kernel's walk."""
+    """Static sizes of a call: with the rule, what a trace of a kernel is kept by."""
 
-    length: int  # L, padded
-    keys: int  # S, padded
+    length: int  # L, padded to whole blocks, as S, K and V are
+    keys: int
+    width: int
+    value_width: int
     block_q: int
     block_k: int
-    width: int  # K, padded
-    value_width: int
 
 
 def up(size: int, unit: int) -> int:
     return size + -size % unit
 
 
-def plan(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Plan:
-    L, S = q_BxLxHxK.shape[1], k_BxSxGxK.shape[1]
+def plan(L: int, S: int, K: int, V: int) -> Plan:
     block_q, block_k = min(BLOCK, up(L, 128)), min(BLOCK, up(S, 128))
-    return Plan(up(L, block_q), up(S, block_k), block_q, block_k, up(q_BxLxHxK.shape[3], 64), up(v_BxSxGxV.shape[3], 64))
+    return Plan(up(L, block_q), up(S, block_k), up(K, 64), up(V, 64), block_q, block_k)
 
 
 def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> str | None:
@@ -55,15 +54,15 @@ def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) ->
     dtypes = {x.dtype.name for x in (q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
         return f"q, k and v are {', '.join(sorted(dtypes))}, not all bfloat16 or all float32"
-    B, _, H, _ = q_BxLxHxK.shape
-    sizes = plan(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
-    if 0 in (*q_BxLxHxK.shape, *k_BxSxGxK.shape, *v_BxSxGxV.shape):
+    (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
+    if 0 in (B, L, H, K, S, V):
         return "an axis has length 0"
-    blocks = B * (sizes.length // sizes.block_q) * (sizes.keys // sizes.block_k)
+    p = plan(L, S, K, V)
+    blocks = B * (p.length // p.block_q) * (p.keys // p.block_k)
     if blocks > LONGEST_LIST:
         return f"{blocks} blocks of queries and keys are more than {LONGEST_LIST}"
-    if H // k_BxSxGxK.shape[2] * sizes.width * sizes.block_q * 4 > 2 * ROW_BYTES:
-        return f"{H // k_BxSxGxK.shape[2]} query heads of width {sizes.width} a key head are more than a core's memory holds"
+    if H // G * p.width * p.block_q * 4 > 2 * ROW_BYTES:
+        return f"{H // G} query heads of width {p.width} a key head are more than a core's memory holds"
     return None
 
 
@@ -106,7 +105,7 @@ def _column(row_1xC: jax.Array) -> jax.Array:
 
 
 def _scores(q_KxC, k_EK, q_ids, k_ids, slope, rule: Rule, masked: bool):
-    """(scores_ExC of E keys and C queries before the mask; seen_ExC or None; the cap's derivative or None; distance_ExC or None)."""
+    """(scores_ExC of E keys and C queries before the mask; and, or None: seen_ExC; the cap's derivative; distance_ExC)."""
     scores_ExC = dot(k_EK, q_KxC, (1, 0)) * rule.scale
     seen_ExC = slack_ExC = distance_ExC = None
     if rule.softcap is not None:
@@ -160,7 +159,7 @@ def _forward_kernel(visits, slopes, q, k, v, q_ids, k_ids, y, lse, top, total, s
 
 def _backward_kernel(visits, slopes, q, k, v, q_ids, k_ids, lse, pulled, dy, dq, dk, dv, dslopes, dk_sum, dv_sum, *,
                      blocks: int, rows: int, alibi: bool, rule: Rule):
-    """One head's block of queries, for one block of keys; dq and dslopes stay on the chip for all blocks of a row's key head."""
+    """One head's block of queries, for one block of keys; dq and dslopes stay on the chip for all blocks of a key head."""
     step, r = pl.program_id(2), pl.program_id(3)
     entry = visits[pl.program_id(0) * blocks + step]
     slope = slopes[pl.program_id(1) * pl.num_programs(3) + r] if alibi else None
@@ -250,8 +249,13 @@ def cost(products: int, size: int, *arrays: jax.Array) -> pl.CostEstimate:
 def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, slopes_H: jax.Array | None, context: Context,
             rule: Rule, *, interpret=False) -> tuple[jax.Array, jax.Array]:
     """(y_BxLxHxV, lse_BxHxL: log of the sum of exp(scores), float32); arguments as in `attention.attention`."""
+    p = plan(q_BxLxHxK.shape[1], k_BxSxGxK.shape[1], q_BxLxHxK.shape[3], v_BxSxGxV.shape[3])
+    return _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, p=p, rule=rule, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("p", "rule", "interpret"), inline=True)
+def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, p: Plan, rule: Rule, interpret):
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
-    p = plan(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
     padded = _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context, p)
     v_BxGxVxS = fill(jnp.transpose(v_BxSxGxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.keys})
     lists, count = visits(*visible_blocks(padded.context, rule, p.block_q, p.block_k))
@@ -291,13 +295,12 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
 
     The kernel holds the gradient of all of a key head's queries; where those are too many, it runs for some at a time.
     """
-    B, L, H, K = q_BxLxHxK.shape
-    p = plan(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
-    R = H // k_BxSxGxK.shape[2]
-    chunk = max(1, ROW_BYTES // (4 * R * p.width * p.block_q)) * p.block_q
+    (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
+    p = plan(L, S, K, V)
+    chunk = max(1, ROW_BYTES // (4 * (H // G) * p.width * p.block_q)) * p.block_q
     pulled_BxHxL = jnp.einsum("blhv,blhv->bhl", dy_BxLxHxV.astype(jnp.float32), y_BxLxHxV.astype(jnp.float32))
-    gradients = functools.partial(_chunk_backward, k_BxSxGxK=k_BxSxGxK, v_BxSxGxV=v_BxSxGxV, slopes_H=slopes_H, rule=rule,
-                                  interpret=interpret)
+    gradients = functools.partial(_chunk_backward, k_BxSxGxK=k_BxSxGxK, v_BxSxGxV=v_BxSxGxV, slopes_H=slopes_H,
+                                  p=plan(min(chunk, L), S, K, V), rule=rule, interpret=interpret)
 
     def split(x, axis):
         """Chunks in front; what fills the last one up is segment 0, which sees nothing."""
@@ -322,12 +325,12 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
     return dq.astype(q_BxLxHxK.dtype), dk.astype(k_BxSxGxK.dtype), dv.astype(v_BxSxGxV.dtype), dslopes
 
 
+@functools.partial(jax.jit, static_argnames=("p", "rule", "interpret"), inline=True)
 def _chunk_backward(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context: Context, *, k_BxSxGxK, v_BxSxGxV, slopes_H,
-                    rule: Rule, interpret):
+                    p: Plan, rule: Rule, interpret):
     """(dq, dk, dv, dslopes_H), float32, of these queries alone."""
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
     R = H // G
-    p = plan(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
     padded = _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context, p)
     dy_BxHxVxL = fill(jnp.transpose(dy_BxLxHxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.length})
     v_BxGxSxV = fill(jnp.transpose(v_BxSxGxV, (0, 2, 1, 3)), {2: p.keys, 3: p.value_width})
@@ -360,7 +363,7 @@ def _chunk_backward(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context: Con
             num_scalar_prefetch=2, grid=(B, G, count, R),
             in_specs=[q_spec, k_spec, v_spec, q_ids_spec, k_ids_spec, row_spec, row_spec, dy_spec],
             out_specs=[dq_spec, k_spec, v_spec, dslopes_spec],
-            scratch_shapes=[pltpu.VMEM((p.block_k, p.width), jnp.float32), pltpu.VMEM((p.block_k, p.value_width), jnp.float32)]),
+            scratch_shapes=[pltpu.VMEM((p.block_k, width), jnp.float32) for width in (p.width, p.value_width)]),
         cost_estimate=cost(3 * K + 2 * V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, dy_BxLxHxV, q_BxLxHxK, k_BxSxGxK),
         compiler_params=compiler("ppaa"), interpret=interpret, name="flash_attention_backward",
     )(lists, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxSxV, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS,

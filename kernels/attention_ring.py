@@ -2,8 +2,8 @@
 
 Each device holds its own shard of a row's queries and of its keys. P times it attends to the keys that it has and hands them on;
 the parts are joined by their log-sum-exps. No device ever holds more than two shards of keys. Who sees whom is a matter of
-positions and segment ids, which travel with the keys: the shards may be cut in any order, and where the kernel skips blocks (flash),
-a shard that lies wholly ahead costs next to nothing; striped shards share a causal row's work evenly.
+positions and segment ids, which travel with the keys: shards may be cut in any order, and where the kernel skips blocks (flash),
+one that lies wholly ahead costs next to nothing. (Then the last device of a causal row has the most work.)
 
 Source: Liu et al. 2023 (Ring Attention), algorithm 1; the join: Dao et al. 2022, section 3.1.
 """
@@ -39,7 +39,7 @@ def _meet(context: Context, keys: tuple) -> tuple[jax.Array, jax.Array, Context]
     return k, v, context._replace(k_positions_BxS=positions, k_segment_ids_BxS=segment_ids, k_prefix_BxS=prefix)
 
 
-def forward(q, k, v, slopes, context: Context, rule: Rule, *, attend: Callable, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+def forward(q, k, v, slopes, context: Context, rule: Rule, *, attend: Callable, axis_name: AxisName) -> tuple:
     """`attend`, a forward pass of attention.Form, over the keys of all devices. Results as its own."""
 
     def body(carry, _):

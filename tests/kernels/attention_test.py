@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -192,8 +193,9 @@ def small_chunks(monkeypatch):
 
 # An interpreted kernel takes seconds to compile: all of them run in the slow tests, these always.
 ALWAYS = ("softcap, alibi, window, gqa", "prefix, window", "window 5, bidirectional", "decode", "a few queries, of everything")
-BATTERY = [pytest.param(name, implementation, marks=[pytest.mark.slow] if implementation == "flash" and name not in ALWAYS else [])
-           for name in CASES for implementation in IMPLEMENTATIONS]
+SLOW = {(name, "flash") for name in CASES if name not in ALWAYS}
+BATTERY = [pytest.param(*row, marks=[pytest.mark.slow] if row in SLOW else [])
+           for row in itertools.product(CASES, IMPLEMENTATIONS)]
 
 
 @pytest.mark.parametrize("name, implementation", BATTERY)
@@ -223,8 +225,10 @@ def test_a_query_that_sees_nothing_gives_exact_zeros(mask_kind, implementation, 
         run(arrays, rest, implementation)
 
 
-@pytest.mark.parametrize("name, implementation", [
-    row for row in BATTERY if row.values[0] in ("gqa", "softcap, alibi, window, gqa", "bidirectional", "large scores", "decode")])
+ROUNDED = ("gqa", "softcap, alibi, window, gqa", "bidirectional", "large scores", "decode")
+
+
+@pytest.mark.parametrize("name, implementation", [row for row in BATTERY if row.values[0] in ROUNDED])
 def test_bfloat16_is_as_near_as_the_reference(name, implementation, small_chunks):
     arrays, rest = arguments(CASES[name])
     rounded = {key: jnp.asarray(x, jnp.bfloat16) for key, x in arrays.items()}

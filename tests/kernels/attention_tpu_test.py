@@ -1,5 +1,6 @@
 """The flash kernels through the TPU's own compiler, on this CPU: both ways, every width, and memory that grows with L."""
 
+import itertools
 import math
 import os
 import re
@@ -58,11 +59,9 @@ def kernels_in(program) -> set[str]:
     return set(re.findall(r"flash_attention_forward|flash_attention_backward|decode_attention", "".join(calls)))
 
 
+EVERY = itertools.product(TOPOLOGIES, (64, 128, 256), (jnp.bfloat16, jnp.float32))
 ALWAYS = [("v5e", 64, jnp.float32), ("v5e", 128, jnp.bfloat16), ("v5p", 256, jnp.bfloat16)]
-TRAINING = [
-    pytest.param(*row, marks=[] if row in ALWAYS else [pytest.mark.slow])
-    for row in [(chip, width, dtype) for chip in TOPOLOGIES for width in (64, 128, 256) for dtype in (jnp.bfloat16, jnp.float32)]
-]
+TRAINING = [pytest.param(*row, marks=[] if row in ALWAYS else [pytest.mark.slow]) for row in EVERY]
 
 
 @pytest.mark.parametrize("chip, width, dtype", TRAINING)

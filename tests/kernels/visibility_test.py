@@ -20,7 +20,7 @@ def packed(random, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scattered(random, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nothing in order: a ring of slots, documents that come again, padding between; long runs, so that blocks agree at times."""
+    """Nothing in order: documents that come again, padding between; long runs, so that blocks agree at times."""
     positions = random.integers(0, 40, (rows, length)).astype(np.int32)
     return positions, np.repeat(random.integers(0, 4, (rows, length // 8)), 8, axis=1).astype(np.int32)
 
