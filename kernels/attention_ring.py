@@ -1,9 +1,9 @@
 """Attention over keys that are split along a mesh axis: they go round the ring of its devices, the queries stay.
 
-Each device holds its own shard of a row's queries and of its keys. P times it attends to the keys that it has and hands them on;
-the parts are joined by their log-sum-exps. No device ever holds more than two shards of keys. Who sees whom is a matter of
-positions and segment ids, which travel with the keys: shards may be cut in any order, and where the kernel skips blocks (flash),
-one that lies wholly ahead costs next to nothing. (Then the last device of a causal row has the most work.)
+Each device holds its own shard of a row's queries and of its keys. P times it attends to the keys that it has and hands them
+on; the parts are joined by their log-sum-exps. No device ever holds more than two shards of keys. Who sees whom is a matter of
+positions and segment ids, which travel with the keys: shards may be cut in any order, and where the kernel skips blocks
+(flash), one that lies wholly ahead costs next to nothing. (Then the last device of a causal row has the most work.)
 
 Source: Liu et al. 2023 (Ring Attention), algorithm 1; the join: Dao et al. 2022, section 3.1.
 """

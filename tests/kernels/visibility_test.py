@@ -13,7 +13,7 @@ def packed(random, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """(positions, segment ids) of documents in order, padding last."""
     positions, segments = np.zeros((2, rows, length), np.int32)
     for row in range(rows):
-        ends = np.sort(random.choice(np.arange(1, length + 1), size=4, replace=False))
+        ends = np.sort(random.choice(np.arange(1, length + 1), size=2, replace=False))
         for segment, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), 1):
             positions[row, start:end], segments[row, start:end] = np.arange(end - start), segment
     return positions, segments
@@ -47,7 +47,8 @@ def test_blocks_are_judged_exactly(mask_kind, window):
         assert not (some_true & ~some).any()  # nothing visible is left out
         assert not (every & ~every_true).any()  # nothing invisible is let through
         found += [(~some).sum(), every.sum()]
-    assert found[0] > 500 and found[1] > 10
+    assert found[0] > 500
+    assert found[1] > 50 or window == 6  # less than a block of keys
 
 
 @pytest.mark.parametrize("window", [None, 3])
