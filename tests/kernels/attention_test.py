@@ -16,7 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import attention as module
 from kernels import attention_pallas
 from kernels.attention import IMPLEMENTATIONS, attention
-from research.training.flops import count_flops
 
 
 @dataclass(frozen=True)
@@ -282,65 +281,6 @@ def test_chunked_program_does_not_grow_with_length(small_chunks):
         return len(all_sizes(jax.make_jaxpr(gradient)(arrays).jaxpr))
 
     assert program(32) == program(320)
-
-
-def test_none_is_chunked_off_a_tpu(small_chunks):
-    """The flash kernels are in the program until it is lowered."""
-    for name in ("gqa", "decode"):
-        arrays, rest = arguments(CASES[name])
-        program = jax.jit(lambda a: run(a, rest, None))  # noqa: B023
-        assert "pallas_call" in str(program.trace(arrays).jaxpr)
-        assert "custom_call_target=\"tpu" not in program.lower(arrays).compile().as_text()
-        np.testing.assert_allclose(program(arrays), run(arrays, rest, "reference"), rtol=1e-5, atol=1e-6)
-
-
-def test_what_flash_refuses_runs_chunked_and_says_so(caplog):
-    arrays, rest = arguments(CASES["gqa"])
-    halves = {key: x.astype(np.float16) for key, x in arrays.items()}
-    with pytest.raises(ValueError, match="flash can't serve this: q, k and v are float16"):
-        run(halves, rest, "flash")
-    with caplog.at_level("INFO"):
-        run(halves, rest, None)
-    assert len(caplog.messages) == 1 and "float16" in caplog.text
-
-
-def test_races_are_looked_for(capfd, monkeypatch):
-    """Forward and backward, with what the grid calls parallel on two cores; the detector prints what it finds."""
-    monkeypatch.setattr(attention_pallas, "BLOCK", 16)
-    monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
-    arrays, rest = arguments(CASES["gqa"])
-    values_and_gradients(lambda a: run(a, rest, "flash"), arrays, arrays["q"].shape)
-    assert "RACE" not in capfd.readouterr().out
-
-
-def test_many_queries_go_backward_in_chunks(small_chunks, monkeypatch):
-    """As where the gradients of a key head's queries don't fit on the chip: here 16 of 41 at a time."""
-    monkeypatch.setattr(attention_pallas, "ROW_BYTES", 1)
-    name = "padding, gqa, bidirectional"
-    arrays, rest = arguments(CASES[name])
-    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, oracle_of(name)[0].shape)
-    for key, gradient in gradients.items():
-        np.testing.assert_allclose(gradient, oracle_of(name)[1][key], rtol=2e-5, atol=2e-5, err_msg=key)
-
-
-@pytest.mark.parametrize("queries", [1, 32])
-def test_a_block_that_nothing_sees_is_never_read(queries, small_chunks):
-    """Rows of packed documents, a cache's empty slots: NaNs there leave no trace, though 0 * NaN is NaN."""
-    case = Case(("2" * queries,), ("1" * 16 + "2" * 32 + "0" * 16,), q_from=31 if queries == 1 else 0)
-    arrays, rest = arguments(case)
-    for key in "kv":
-        arrays[key][:, :16] = arrays[key][:, 48:] = np.nan
-    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, arrays["q"].shape)
-    assert np.isfinite(y).all()
-    if queries > 1:  # the backward pass of a few queries is the portable one
-        assert all(np.isfinite(gradient).all() for gradient in gradients.values())
-
-
-def test_flops_are_the_same_on_every_back_end():
-    arrays, rest = arguments(Case(("1" * 300 + "2" * 212,), heads=4, groups=2, value_dim=6))
-    step = jax.value_and_grad(lambda a: run(a, rest, None).sum())
-    pairs = 2 * 4 * 512 * 512
-    assert count_flops(step, arrays) == count_flops(step, arrays, platform="tpu") == pairs * ((4 + 6) + (3 * 4 + 2 * 6))
 
 
 def test_the_default_chunk_at_its_own_size():
