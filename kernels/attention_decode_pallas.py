@@ -29,13 +29,13 @@ def _groups_per_block(groups: int, width: int, value_width: int) -> int:
 
 def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> str | None:
     """Why the kernel can't serve these shapes and dtypes; None if it can."""
-    L, H = q_BxLxHxK.shape[1:3]
-    G = k_BxSxGxK.shape[2]
+    B, L, H, _ = q_BxLxHxK.shape
+    S, G = k_BxSxGxK.shape[1:3]
     if L > QUERIES or L * H // G > ROWS:
         return f"{L} queries of {H // G} heads a key head are more than {QUERIES}, or than {ROWS} rows"
     if _groups_per_block(G, k_BxSxGxK.shape[3], v_BxSxGxV.shape[3]) > 32:
         return f"{G} key heads of width {k_BxSxGxK.shape[3]} don't form blocks"
-    return flash.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
+    return flash.unfit(B * -(-S // 128), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
 
 
 def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, blocks: int, slots: int, alibi: bool,

@@ -45,22 +45,26 @@ def up(size: int, unit: int) -> int:
 
 
 def plan(L: int, S: int, K: int, V: int) -> Plan:
-    block_q, block_k = min(BLOCK, up(L, 128)), min(BLOCK, up(S, 128))
+    block_q, block_k = (min(BLOCK, up(max(size, 1), 128)) for size in (L, S))
     return Plan(up(L, block_q), up(S, block_k), up(K, 64), up(V, 64), block_q, block_k)
+
+
+def unfit(blocks: int, *arrays: jax.Array) -> str | None:
+    """Why no kernel can serve these q, k, v with lists of so many blocks; None if it can."""
+    dtypes = {x.dtype.name for x in arrays}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
+        return f"q, k and v are {', '.join(sorted(dtypes))}, not all bfloat16 or all float32"
+    if blocks > LONGEST_LIST:
+        return f"{blocks} blocks of queries and keys are more than {LONGEST_LIST}"
+    return "an axis has length 0" if any(x.size == 0 for x in arrays) else None
 
 
 def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> str | None:
     """Why the kernels can't serve these shapes and dtypes; None if they can."""
-    dtypes = {x.dtype.name for x in (q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
-        return f"q, k and v are {', '.join(sorted(dtypes))}, not all bfloat16 or all float32"
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
-    if 0 in (B, L, H, K, S, V):
-        return "an axis has length 0"
     p = plan(L, S, K, V)
-    blocks = B * (p.length // p.block_q) * (p.keys // p.block_k)
-    if blocks > LONGEST_LIST:
-        return f"{blocks} blocks of queries and keys are more than {LONGEST_LIST}"
+    if reason := unfit(B * (p.length // p.block_q) * (p.keys // p.block_k), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV):
+        return reason
     if H // G * p.width * p.block_q * 4 > 2 * ROW_BYTES:
         return f"{H // G} query heads of width {p.width} a key head are more than a core's memory holds"
     return None

@@ -30,7 +30,8 @@ def arguments():
 
 
 @pytest.mark.parametrize("name, order, check_vma", [
-    ("causal", "in order", False), ("causal", "striped", True), ("window, alibi, cap", "striped", False), ("prefix", "in order", True)])
+    ("causal", "in order", False), ("causal", "striped", True), ("prefix", "in order", True),
+    ("window, alibi, cap", "striped", False)])
 def test_equals_unsharded_attention(name, order, check_vma, devices):
     arrays, positions, segments = arguments()
     static = {key: value for key, value in RULES[name].items() if key != "alibi_slopes_H"}
