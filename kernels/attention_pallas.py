@@ -23,8 +23,8 @@ from kernels.visibility import Context, Rule, sees, visible_blocks
 
 BLOCK = 512  # queries, and keys, of a block
 LONGEST_LIST = 65536  # blocks in all lists of a call: 256 KiB of a core's 1 MiB of scalar memory
-ROW_BYTES = 2**23  # of the queries' gradients that the backward kernel keeps on the chip at one time
-VMEM_BYTES = 48 * 2**20
+ROW_BYTES = 2**24  # of the queries' gradients that the backward kernel keeps on the chip at one time
+VMEM_BYTES = 56 * 2**20  # the smallest chip (v5p, tpu7x) has 64 MiB
 FIRST, LAST, SOME, ALL = 1, 2, 4, 8  # of a visit: begins its row of blocks, ends it; some pairs are visible, all are
 FLOOR = float(jnp.finfo(jnp.float32).min)  # finite, so that a query which sees nothing can't make a NaN
 
@@ -65,7 +65,7 @@ def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) ->
     p = plan(L, S, K, V)
     if reason := unfit(B * (p.length // p.block_q) * (p.keys // p.block_k), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV):
         return reason
-    if H // G * p.width * p.block_q * 4 > 2 * ROW_BYTES:
+    if H // G * p.width * p.block_q * 4 > ROW_BYTES:
         return f"{H // G} query heads of width {p.width} a key head are more than a core's memory holds"
     return None
 
@@ -81,7 +81,8 @@ def visits(some_BxIxJ: jax.Array, all_BxIxJ: jax.Array) -> tuple[jax.Array, jax.
     visited_BxIxJ = some_BxIxJ | (~jnp.any(some_BxIxJ, axis=2, keepdims=True) & (column_J == 0))
     first_BxIx1 = jnp.min(jnp.where(visited_BxIxJ, column_J, J), axis=2, keepdims=True)
     last_BxIx1 = jnp.max(jnp.where(visited_BxIxJ, column_J, -1), axis=2, keepdims=True)
-    flags_BxIxJ = jnp.where(all_BxIxJ, ALL, SOME) + FIRST * (column_J == first_BxIx1) + LAST * (column_J == last_BxIx1)
+    flags_BxIxJ = jnp.where(all_BxIxJ, ALL, jnp.where(some_BxIxJ, SOME, 0))
+    flags_BxIxJ += FIRST * (column_J == first_BxIx1) + LAST * (column_J == last_BxIx1)
     entry_BxT = (jnp.arange(I * J).reshape(I, J) * 16 + flags_BxIxJ).reshape(B, I * J).astype(jnp.int32)
     visited_BxT = visited_BxIxJ.reshape(B, I * J)
     final_Bx1 = jnp.max(jnp.where(visited_BxT, entry_BxT, 0), axis=1, keepdims=True) // 16 * 16
@@ -302,7 +303,7 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
     p = plan(L, S, K, V)
     chunk = max(1, ROW_BYTES // (4 * (H // G) * p.width * p.block_q)) * p.block_q
-    pulled_BxHxL = jnp.einsum("blhv,blhv->bhl", dy_BxLxHxV.astype(jnp.float32), y_BxLxHxV.astype(jnp.float32))
+    pulled_BxHxL = jnp.sum(dy_BxLxHxV.astype(jnp.float32) * y_BxLxHxV.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     gradients = functools.partial(_chunk_backward, k_BxSxGxK=k_BxSxGxK, v_BxSxGxV=v_BxSxGxV, slopes_H=slopes_H,
                                   p=plan(min(chunk, L), S, K, V), rule=rule, interpret=interpret)
 
