@@ -23,8 +23,8 @@ from kernels.visibility import Context, Rule, sees, visible_blocks
 
 BLOCK = 512  # queries, and keys, of a block
 LONGEST_LIST = 65536  # blocks in all lists of a call: 256 KiB of a core's 1 MiB of scalar memory
-ROW_BYTES = 2**24  # of the queries' gradients that the backward kernel keeps on the chip at one time
-VMEM_BYTES = 56 * 2**20  # the smallest chip (v5p, tpu7x) has 64 MiB
+ROW_BYTES = 2**23  # of the queries' gradients that the backward kernel keeps on the chip at one time
+VMEM_BYTES = 48 * 2**20  # the smallest chips (v5p, tpu7x) have 64 MiB
 FIRST, LAST, SOME, ALL = 1, 2, 4, 8  # of a visit: begins its row of blocks, ends it; some pairs are visible, all are
 FLOOR = float(jnp.finfo(jnp.float32).min)  # finite, so that a query which sees nothing can't make a NaN
 

@@ -303,10 +303,10 @@ def test_one_document_alone_gives_what_it_gives_packed(implementation, small_chu
 
 @pytest.mark.parametrize("implementation, check_vma", [
     (name, check) for name in (*IMPLEMENTATIONS, None) for check in (False, True)
-    if (name, check) != ("flash", True)])  # JAX's interpreter of kernels doesn't know about varying axes; None has the kernels, too
+    if (name, check) != ("flash", True)])  # JAX's interpreter of kernels knows no varying axes; None has the kernels, too
 def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, monkeypatch, devices):
     """Rows split over two devices; the slopes are whole on each, so their gradient is a sum."""
-    monkeypatch.setattr(module, "INTERPRET", True)  # the TPU's interpreter makes two devices wait for each other
+    monkeypatch.setattr(module, "INTERPRET", True)  # the TPU's interpreter has effects, which remat refuses
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:2])
     split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     case = Case((LONG, LONG), heads=4, alibi=True)

@@ -102,7 +102,7 @@ def test_decoding_compiles(name):
 
 @pytest.mark.slow
 def test_memory_is_linear_in_length():
-    """At lengths that all go backward by chunks of queries: the step from one chunk to several costs copies of the arguments."""
+    """At lengths that go backward by chunks of queries (the step from one chunk to several costs copies)."""
     short, long = (compiled("v5e", 128, jnp.bfloat16, queries=L, heads=8, groups=1).memory_analysis()
                    .temp_size_in_bytes for L in (8192, 16384))
     assert math.log(long / short) / math.log(2) < 1.05
