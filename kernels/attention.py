@@ -6,51 +6,59 @@ tests hold all of them to one float64 oracle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
+from kernels import attention_decode_pallas, attention_pallas, attention_ring
 from kernels.varying import vary_alike
+from kernels.visibility import MASK_KINDS, Context, Rule, visible
 
-MASK_KINDS = ("causal", "bidirectional", "prefix")
+logger = logging.getLogger(__name__)
+
 QUERY_CHUNK = 256  # queries whose scores are alive at one time in `chunked`
+INTERPRET: bool | pltpu.InterpretParams = True  # how `flash` runs where there is no TPU
 
 
-class Context(NamedTuple):
-    """Who the queries and keys are. Integer or bool arrays only: no gradients."""
+class Form(NamedTuple):
+    """A way to compute attention whose gradient is written by hand.
 
-    q_positions_BxL: jax.Array
-    k_positions_BxS: jax.Array
-    q_segment_ids_BxL: jax.Array
-    k_segment_ids_BxS: jax.Array
-    k_prefix_BxS: jax.Array | None
+    forward: (q, k, v, slopes, context, rule) -> (y_BxLxHxV, lse_BxHxL: log of the sum of exp(scores), float32).
+    backward: (q, k, v, slopes, context, y, lse, dy, rule) -> (dq, dk, dv, dslopes), in their dtypes.
+    """
 
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple]
 
-class Rule(NamedTuple):
-    """The static part: hashable, so that it can be closed over by a compiled function."""
+    def __call__(
+        self,
+        q_BxLxHxK: jax.Array,
+        k_BxSxGxK: jax.Array,
+        v_BxSxGxV: jax.Array,
+        alibi_slopes_H: jax.Array | None,
+        context: Context,
+        rule: Rule,
+    ) -> jax.Array:
+        """Reverse mode keeps the arguments, y and the log-sum-exp; forward mode: `reference`."""
 
-    mask_kind: str
-    window: int | None
-    softcap: float | None
-    scale: float
+        @jax.custom_vjp
+        def run(*arrays):
+            return self.forward(*arrays, rule)[0]
 
+        def forward(*arrays):
+            y, lse = self.forward(*arrays, rule)
+            return y, (*arrays, y, lse)
 
-def visible(context: Context, rule: Rule) -> jax.Array:
-    """visible_BxLxS (bool): may query l look at key s? The only place that knows."""
-    q_segment_BxLx1 = context.q_segment_ids_BxL[:, :, None]
-    k_segment_Bx1xS = context.k_segment_ids_BxS[:, None, :]
-    distance_BxLxS = context.q_positions_BxL[:, :, None] - context.k_positions_BxS[:, None, :]
-    seen_BxLxS = (q_segment_BxLx1 == k_segment_Bx1xS) & (k_segment_Bx1xS != 0)
-    if rule.mask_kind == "causal":
-        seen_BxLxS &= distance_BxLxS >= 0
-    elif rule.mask_kind == "prefix":
-        seen_BxLxS &= (distance_BxLxS >= 0) | context.k_prefix_BxS[:, None, :]
-    if rule.window is not None:
-        near_BxLxS = jnp.abs(distance_BxLxS) if rule.mask_kind == "bidirectional" else distance_BxLxS
-        seen_BxLxS &= near_BxLxS < rule.window
-    return seen_BxLxS
+        def backward(saved, dy):
+            return *self.backward(*saved, dy, rule), None
+
+        run.defvjp(forward, backward)
+        return run(*vary_alike(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H), context)
 
 
 def _scores(
@@ -101,116 +109,160 @@ def reference(
     return y_BxLxGxRxV.reshape(B, L, H, V).astype(q_BxLxHxK.dtype)
 
 
-def chunked(
-    q_BxLxHxK: jax.Array,
-    k_BxSxGxK: jax.Array,
-    v_BxSxGxV: jax.Array,
-    alibi_slopes_H: jax.Array | None,
-    context: Context,
-    rule: Rule,
-) -> jax.Array:
-    """`reference`, for QUERY_CHUNK queries at a time: memory linear in L and in S, forward and backward.
+class _Chunks:
+    """N chunks of C queries, in front; what fills the last one up is segment 0, which sees nothing."""
 
-    The backward pass keeps q, k, v, y and each query's log of the sum, and makes each chunk's weights again from them
-    (Dao et al. 2022, appendix B.2); the gradients of k, v and the slopes are summed over chunks in float32. Reverse mode
-    only (custom_vjp); forward mode: `reference`.
-    """
-    B, L, H, K = q_BxLxHxK.shape
-    G, V = v_BxSxGxV.shape[2:]
-    C = min(QUERY_CHUNK, L)
+    def __init__(self, queries: int, heads: int, groups: int):
+        self.L, self.H, self.G = queries, heads, groups
+        self.C = min(QUERY_CHUNK, queries)
 
-    def split(x_BxLx: jax.Array) -> jax.Array:
-        """N chunks of C queries, in front; what fills the last one up is segment 0, which sees nothing."""
-        x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -L % C)] + [(0, 0)] * (x_BxLx.ndim - 2))
-        return jnp.moveaxis(x_BxLx.reshape(B, -1, C, *x_BxLx.shape[2:]), 1, 0)
+    def split(self, x_BxLx: jax.Array) -> jax.Array:
+        x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -self.L % self.C)] + [(0, 0)] * (x_BxLx.ndim - 2))
+        return jnp.moveaxis(x_BxLx.reshape(x_BxLx.shape[0], -1, self.C, *x_BxLx.shape[2:]), 1, 0)
 
-    def split_heads(x_BxLxHxK: jax.Array) -> jax.Array:
+    def split_heads(self, x_BxLxHxK: jax.Array) -> jax.Array:
         """x_NxBxGxRxCxK: heads in front of the queries, so that every product below is one of plain matrices."""
-        x_NxBxCxGxRxK = split(x_BxLxHxK.reshape(B, L, G, H // G, -1))
+        B, L, H = x_BxLxHxK.shape[:3]
+        x_NxBxCxGxRxK = self.split(x_BxLxHxK.reshape(B, L, self.G, H // self.G, -1))
         return jnp.moveaxis(x_NxBxCxGxRxK, 2, 4)
 
-    def join_heads(x_NxBxGxRxCxK: jax.Array) -> jax.Array:
+    def join_heads(self, x_NxBxGxRxCxK: jax.Array) -> jax.Array:
         x_BxNxCxGxRxK = jnp.moveaxis(x_NxBxGxRxCxK, (1, 4), (0, 2))
-        return x_BxNxCxGxRxK.reshape(B, -1, H, x_BxNxCxGxRxK.shape[-1])[:, :L]
+        return x_BxNxCxGxRxK.reshape(x_BxNxCxGxRxK.shape[0], -1, self.H, x_BxNxCxGxRxK.shape[-1])[:, : self.L]
 
-    def queries(context: Context) -> tuple[jax.Array, jax.Array]:
-        return split(context.q_positions_BxL), split(context.q_segment_ids_BxL)
-
-    def own(context: Context, who: tuple[jax.Array, jax.Array]) -> Context:
-        return context._replace(q_positions_BxL=who[0], q_segment_ids_BxL=who[1])
-
-    @jax.custom_vjp
-    def run(q, k, v, slopes, context):
-        return forward(q, k, v, slopes, context)[0]
-
-    def forward(q, k, v, slopes, context):
-        k_BxGxSxK, v_BxGxSxV = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-
-        def body(chunk):
-            q_BxGxRxCxK, *who = chunk
-            scores, seen = _scores(q_BxGxRxCxK, k_BxGxSxK, slopes, own(context, who), rule)
-            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-            top = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            sees_none = total == 0
-            y = jnp.einsum("bgrcs,bgsv->bgrcv", weights.astype(v.dtype), v_BxGxSxV, preferred_element_type=jnp.float32)
-            y = y / jnp.where(sees_none, 1.0, total)
-            return y.astype(q.dtype), top + jnp.log(jnp.where(sees_none, 1.0, total))
-
-        y_NxBxGxRxCxV, lse_NxBxGxRxCx1 = jax.lax.map(body, (split_heads(q), *queries(context)))
-        y = join_heads(y_NxBxGxRxCxV)
-        return y, (q, k, v, slopes, context, y, lse_NxBxGxRxCx1)
-
-    def backward(saved, dy_BxLxHxV):
-        q, k, v, slopes, context, y_BxLxHxV, lse_NxBxGxRxCx1 = saved
-        k_BxGxSxK, v_BxGxSxV = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-        pulled_BxLxHx1 = jnp.sum(dy_BxLxHxV.astype(jnp.float32) * y_BxLxHxV.astype(jnp.float32), axis=-1, keepdims=True)
-
-        def body(sums, chunk):
-            q_BxGxRxCxK, dy_BxGxRxCxV, pulled, lse, *who = chunk
-            scores, seen = _scores(q_BxGxRxCxK, k_BxGxSxK, slopes, own(context, who), rule)
-            weights = jnp.where(seen, jnp.exp(scores - lse), 0.0)
-            dweights = jnp.einsum("bgrcv,bgsv->bgrcs", dy_BxGxRxCxV, v_BxGxSxV, preferred_element_type=jnp.float32)
-            dscores = weights * (dweights - pulled)
-            dslopes = None
-            if slopes is not None:
-                distance_BxCxS = jnp.abs(who[0][:, :, None] - context.k_positions_BxS[:, None, :])
-                dslopes = -jnp.sum(dscores * distance_BxCxS[:, None, None], axis=(0, 3, 4)).reshape(H)
-            if rule.softcap is not None:  # the bias of ALiBi is added after the cap
-                capped = scores if slopes is None else scores + _bias(slopes, scores.shape[1:3], own(context, who))
-                dscores *= 1 - jnp.square(capped / rule.softcap)
-            dscores = (dscores * rule.scale).astype(q.dtype)
-            dq = jnp.einsum("bgrcs,bgsk->bgrck", dscores, k_BxGxSxK, preferred_element_type=jnp.float32)
-            # The narrow side first: its product with the wide one needs no transposed copy of that.
-            dk_BxGxKxS = jnp.einsum("bgrck,bgrcs->bgks", q_BxGxRxCxK, dscores, preferred_element_type=jnp.float32)
-            dv_BxGxVxS = jnp.einsum("bgrcv,bgrcs->bgvs", dy_BxGxRxCxV, weights.astype(v.dtype),
-                                    preferred_element_type=jnp.float32)
-            return jax.tree.map(jnp.add, sums, [dk_BxGxKxS, dv_BxGxVxS, dslopes]), dq.astype(q.dtype)
-
-        zeros = [jnp.zeros((B, G, K, k.shape[1]), jnp.float32), jnp.zeros((B, G, V, k.shape[1]), jnp.float32),
-                 None if slopes is None else jnp.zeros(H, jnp.float32)]
-        zeros = jax.tree.map(lambda zero: vary_alike(zero, q)[0], zeros)
-        chunks = (split_heads(q), split_heads(dy_BxLxHxV), split_heads(pulled_BxLxHx1), lse_NxBxGxRxCx1, *queries(context))
-        (dk_BxGxKxS, dv_BxGxVxS, dslopes), dq = jax.lax.scan(body, zeros, chunks)
-        dk, dv = jnp.moveaxis(dk_BxGxKxS, 3, 1), jnp.moveaxis(dv_BxGxVxS, 3, 1)
-        dslopes = None if slopes is None else dslopes.astype(slopes.dtype)
-        return join_heads(dq), dk.astype(k.dtype), dv.astype(v.dtype), dslopes, None
-
-    run.defvjp(forward, backward)
-    return run(*vary_alike(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H), context)
+    def queries(self, context: Context) -> tuple[jax.Array, jax.Array]:
+        return self.split(context.q_positions_BxL), self.split(context.q_segment_ids_BxL)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked}
+def _own(context: Context, who: Sequence[jax.Array]) -> Context:
+    return context._replace(q_positions_BxL=who[0], q_segment_ids_BxL=who[1])
 
 
-def default_implementation(query_len: int) -> Callable[..., jax.Array]:
-    """What runs when none is named: the portable implementation for a static shape.
+def _chunked_forward(q, k, v, slopes, context: Context, rule: Rule) -> tuple[jax.Array, jax.Array]:
+    chunks = _Chunks(*q.shape[1:3], k.shape[2])
+    k_BxGxSxK, v_BxGxSxV = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
 
-    A kernel for one platform joins here, as a branch decided when the program is lowered:
-    `lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=kernel, default=portable)`.
+    def body(chunk):
+        q_BxGxRxCxK, *who = chunk
+        scores, seen = _scores(q_BxGxRxCxK, k_BxGxSxK, slopes, _own(context, who), rule)
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        sees_none = total == 0
+        y = jnp.einsum("bgrcs,bgsv->bgrcv", weights.astype(v.dtype), v_BxGxSxV, preferred_element_type=jnp.float32)
+        y = y / jnp.where(sees_none, 1.0, total)
+        return y.astype(q.dtype), top + jnp.log(jnp.where(sees_none, 1.0, total))
+
+    y_NxBxGxRxCxV, lse_NxBxGxRxCx1 = jax.lax.map(body, (chunks.split_heads(q), *chunks.queries(context)))
+    lse_BxLxHx1 = chunks.join_heads(lse_NxBxGxRxCx1)
+    return chunks.join_heads(y_NxBxGxRxCxV), jnp.swapaxes(lse_BxLxHx1[..., 0], 1, 2)
+
+
+def _chunked_backward(q, k, v, slopes, context: Context, y_BxLxHxV, lse_BxHxL, dy_BxLxHxV, rule: Rule) -> tuple:
+    (B, _, H, K), (S, G, V) = q.shape, v.shape[1:]
+    chunks = _Chunks(*q.shape[1:3], G)
+    k_BxGxSxK, v_BxGxSxV = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    pulled_BxLxHx1 = jnp.sum(dy_BxLxHxV.astype(jnp.float32) * y_BxLxHxV.astype(jnp.float32), axis=-1, keepdims=True)
+    lse_BxLxHx1 = jnp.swapaxes(lse_BxHxL, 1, 2)[..., None]
+
+    def body(sums, chunk):
+        q_BxGxRxCxK, dy_BxGxRxCxV, pulled, lse, *who = chunk
+        own = _own(context, who)
+        scores, seen = _scores(q_BxGxRxCxK, k_BxGxSxK, slopes, own, rule)
+        weights = jnp.where(seen, jnp.exp(scores - lse), 0.0)
+        dweights = jnp.einsum("bgrcv,bgsv->bgrcs", dy_BxGxRxCxV, v_BxGxSxV, preferred_element_type=jnp.float32)
+        dscores = weights * (dweights - pulled)
+        dslopes = None
+        if slopes is not None:
+            distance_BxCxS = jnp.abs(who[0][:, :, None] - context.k_positions_BxS[:, None, :])
+            dslopes = -jnp.sum(dscores * distance_BxCxS[:, None, None], axis=(0, 3, 4)).reshape(H)
+        if rule.softcap is not None:  # the bias of ALiBi is added after the cap
+            capped = scores if slopes is None else scores + _bias(slopes, scores.shape[1:3], own)
+            dscores *= 1 - jnp.square(capped / rule.softcap)
+        dscores = (dscores * rule.scale).astype(q.dtype)
+        dq = jnp.einsum("bgrcs,bgsk->bgrck", dscores, k_BxGxSxK, preferred_element_type=jnp.float32)
+        # The narrow side first: its product with the wide one needs no transposed copy of that.
+        dk_BxGxKxS = jnp.einsum("bgrck,bgrcs->bgks", q_BxGxRxCxK, dscores, preferred_element_type=jnp.float32)
+        dv_BxGxVxS = jnp.einsum("bgrcv,bgrcs->bgvs", dy_BxGxRxCxV, weights.astype(v.dtype),
+                                preferred_element_type=jnp.float32)
+        return jax.tree.map(jnp.add, sums, [dk_BxGxKxS, dv_BxGxVxS, dslopes]), dq.astype(q.dtype)
+
+    zeros = [jnp.zeros((B, G, K, S), jnp.float32), jnp.zeros((B, G, V, S), jnp.float32),
+             None if slopes is None else jnp.zeros(H, jnp.float32)]
+    zeros = jax.tree.map(lambda zero: vary_alike(zero, q)[0], zeros)
+    split = [chunks.split_heads(x) for x in (q, dy_BxLxHxV, pulled_BxLxHx1, lse_BxLxHx1)]
+    (dk_BxGxKxS, dv_BxGxVxS, dslopes), dq = jax.lax.scan(body, zeros, (*split, *chunks.queries(context)))
+    dk, dv = jnp.moveaxis(dk_BxGxKxS, 3, 1), jnp.moveaxis(dv_BxGxVxS, 3, 1)
+    dslopes = None if slopes is None else dslopes.astype(slopes.dtype)
+    return chunks.join_heads(dq), dk.astype(k.dtype), dv.astype(v.dtype), dslopes
+
+
+# `reference`, for QUERY_CHUNK queries at a time: memory linear in L and in S, forward and backward. The backward pass keeps q,
+# k, v, y and each query's log of the sum, and makes each chunk's weights again from them (Dao et al. 2022, appendix B.2); the
+# gradients of k, v and the slopes are summed over chunks in float32.
+chunked = Form(_chunked_forward, _chunked_backward)
+
+
+def _where(tpu: Callable, default: Callable) -> Callable:
+    """One of two functions of (arrays..., rule), chosen when the program is lowered."""
+
+    def run(*arguments):
+        *arrays, rule = arguments
+        own = {"tpu": functools.partial(tpu, rule=rule), "default": functools.partial(default, rule=rule)}
+        return jax.lax.platform_dependent(*arrays, **own)
+
+    return run
+
+
+def _interpreted(kernel: Callable) -> Callable:
+    return lambda *arrays, rule: kernel(*arrays, rule=rule, interpret=INTERPRET)
+
+
+def _kernels(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, elsewhere: Form | None) -> Form | str:
+    """The Pallas kernels for a TPU: those for few queries where they fit; or why none can serve these shapes and dtypes.
+
+    elsewhere: what runs where there is no TPU; None: the same kernels, interpreted, and slow.
     """
-    return reference if query_len == 1 else chunked
+    if attention_decode_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV) is None:
+        forward, backward = attention_decode_pallas.forward, None
+    elif reason := attention_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV):
+        return reason
+    else:
+        forward, backward = attention_pallas.forward, attention_pallas.backward
+    others = elsewhere or Form(_interpreted(forward), _interpreted(backward))
+    return Form(_where(forward, others.forward), _where(backward, others.backward) if backward else _chunked_backward)
+
+
+def flash_form(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form:
+    form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, None)
+    if isinstance(form, str):
+        raise ValueError(f"attention: flash can't serve this: {form}")
+    return form
+
+
+def flash(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, *rest: Any) -> jax.Array:
+    """attention_pallas.py and attention_decode_pallas.py: memory linear in L and in S, blocks that nothing sees left out."""
+    return flash_form(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, *rest)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked, "flash": flash}
+
+
+def default_implementation(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form:
+    """What runs when none is named: `chunked`, and on a TPU `flash`, if it can; the lowering of the program decides."""
+    form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, chunked)
+    if isinstance(form, str):
+        logger.info("attention: chunked on every back end; flash can't serve this: %s", form)
+        return chunked
+    return form
+
+
+def _ring(run: Callable[..., jax.Array], axis_name: attention_ring.AxisName) -> Form:
+    if not isinstance(run, Form):
+        raise ValueError("attention: the reference doesn't go round a ring; implementation='chunked' does")
+    return Form(functools.partial(attention_ring.forward, attend=run.forward, axis_name=axis_name),
+                functools.partial(attention_ring.backward, pull=run.backward, axis_name=axis_name))
 
 
 def attention(
@@ -229,6 +281,7 @@ def attention(
     softcap: float | None = None,
     scale: float,
     implementation: str | None = None,
+    axis_name: attention_ring.AxisName | None = None,
 ) -> jax.Array:
     """Attention of L queries to S keys: y_BxLxHxV, in q's dtype.
 
@@ -249,11 +302,13 @@ def attention(
       k_prefix_BxS: bool, the key belongs to its document's bidirectional prefix; read for `prefix` only.
       window: in tokens, the query's own included. alibi_slopes_H: positive, differentiable.
       scale: often K**-0.5.
-      implementation: a key of IMPLEMENTATIONS; None chooses by shape.
+      implementation: a key of IMPLEMENTATIONS; None chooses by shape, dtype and back end.
+      axis_name: inside `jax.shard_map`, the mesh axis along which the arguments hold shards of rows: L queries and S keys of
+        each device, in any order. Keys go round (attention_ring.py), nothing is gathered. None: rows are whole.
 
     Raises:
       ValueError: an unknown mask_kind or implementation, shapes that don't fit, a window below 1, a softcap
-        not above 0, or `prefix` without k_prefix_BxS.
+        not above 0, `prefix` without k_prefix_BxS, or what the named implementation can't serve.
 
     Sources: scaled dot-product attention: Vaswani et al. 2017, eq. 1. Grouped queries: Ainslie et al. 2023
     (GQA). Prefix: Raffel et al. 2020 (T5), section 3.2.1. ALiBi: Press et al. 2022, section 3. Soft cap:
@@ -281,13 +336,14 @@ def attention(
         raise ValueError(f"attention: softcap {softcap} isn't above 0; None turns it off")
     if alibi_slopes_H is not None and alibi_slopes_H.shape != (H,):
         raise ValueError(f"attention: alibi_slopes_H has shape {alibi_slopes_H.shape}, not {(H,)}")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    arrays = (q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
     if implementation is None:
-        run = default_implementation(L)
-    elif implementation in IMPLEMENTATIONS:
-        run = IMPLEMENTATIONS[implementation]
+        run = default_implementation(*arrays)
     else:
-        raise ValueError(
-            f"attention: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
-        )
+        run = flash_form(*arrays) if implementation == "flash" else IMPLEMENTATIONS[implementation]
+    if axis_name is not None:
+        run = _ring(run, axis_name)
     rule = Rule(mask_kind, window, softcap, scale)
     return run(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, alibi_slopes_H, context, rule)

@@ -48,7 +48,7 @@ class Attention(MixerConfig):
     cross: bool = False
     bias: bool = False
     scale: PositiveFloat | None = None
-    implementation: Literal["reference", "chunked"] | None = None
+    implementation: Literal["reference", "chunked", "flash"] | None = None
 
     def validate(self):
         if self.heads % (self.kv_heads or self.heads):

@@ -45,7 +45,7 @@ class LatentAttention(MixerConfig):
     rope_base: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     scale: PositiveFloat | None = None
-    implementation: Literal["reference", "chunked"] | None = None
+    implementation: Literal["reference", "chunked", "flash"] | None = None
 
     def validate(self):
         if self.rope_dim % 2:

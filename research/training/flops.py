@@ -44,10 +44,11 @@ def count_flops(
     Args:
       platform: "tpu", "cuda", "cpu", ... or None for the default branch (the first, if there is no default).
       pallas_flops: by the kernel's `name`, the flops of one call, or a function that gives them from the
-        operands (each with shape and dtype); None: our own kernels'.
+          operands (each with shape and dtype); None: our own kernels'. A kernel that isn't there counts by its own
+          `cost_estimate` (attention's: all pairs, visible or not, as its portable form multiplies).
 
     Raises:
-      ValueError: a while loop that multiplies matrices, a Pallas kernel not in pallas_flops, or a primitive
+      ValueError: a while loop that multiplies matrices, a Pallas kernel that says nothing of its flops, or a primitive
         unknown here that holds products; the message names it.
 
     The yardstick (Kaplan et al. 2020, section 2.1): training a stack of N weights on D tokens is 6ND.
@@ -148,8 +149,10 @@ def _cond(params: Mapping[str, Any], platform: str | None, inner: Callable[[Any]
 
 
 def _pallas_call(eqn: Any, pallas_flops: PallasFlops) -> float:
-    name = eqn.params["name"]
+    name, estimate = eqn.params["name"], eqn.params["cost_estimate"]
     if name not in pallas_flops:
-        raise ValueError(f"count_flops: Pallas kernel {name!r} isn't in pallas_flops; add its flops a call")
+        if estimate is None:
+            raise ValueError(f"count_flops: Pallas kernel {name!r} has no cost_estimate and isn't in pallas_flops; add either")
+        return float(estimate.flops)
     flops = pallas_flops[name]
     return float(flops(*(v.aval for v in eqn.invars)) if callable(flops) else flops)

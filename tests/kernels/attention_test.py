@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax.experimental.pallas import tpu as pltpu
+
 from kernels import attention as module
+from kernels import attention_pallas
 from kernels.attention import IMPLEMENTATIONS, attention
 
 
@@ -63,6 +67,10 @@ CASES = {
     "softcap": Case((LONG,), softcap=2.0, magnitude=3.0),
     "softcap, alibi, window, gqa": Case(PADDED, heads=4, softcap=1.5, alibi=True, window=3),
     "large scores": Case((LONG,), magnitude=40.0),
+    "decode": Case(("1", "1"), ("1" * 20 + "0" * 21, "1" * 41), heads=4, q_from=19),
+    "a few queries, of everything": Case(("11110",) * 2, ("1" * 30 + "0" * 11, "2" * 9 + "1" * 32), heads=4, groups=1,
+                                         alibi=True, window=12, softcap=2.0, head_dim=3, value_dim=5, q_from=9),
+    "decode, prefix": Case(("111",), ("1" * 40,), heads=8, groups=8, mask_kind="prefix", q_from=7),
     "decode, cache with empty slots": Case(("1", "1"), ("1111111000", "1111111111"), q_from=6),
     "prefill on a cache": Case(("11110",), ("1111111110000",), heads=4, q_from=5),
     "cross": Case(("1" * 20, "1122200" + "0" * 13), ("1111110", "1222200"), mask_kind="bidirectional"),
@@ -176,12 +184,20 @@ def oracle_of(name: str):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """So that short rows take several chunks."""
+    """So that short rows take several chunks, and several blocks of the kernels in Pallas's TPU interpret mode."""
     monkeypatch.setattr(module, "QUERY_CHUNK", 16)
+    monkeypatch.setattr(attention_pallas, "BLOCK", 16)
+    monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+# An interpreted kernel takes seconds to compile: all of them run in the slow tests, these always.
+ALWAYS = ("softcap, alibi, window, gqa", "prefix, window", "window 5, bidirectional", "decode", "a few queries, of everything")
+SLOW = {(name, "flash") for name in CASES if name not in ALWAYS}
+BATTERY = [pytest.param(*row, marks=[pytest.mark.slow] if row in SLOW else [])
+           for row in itertools.product(CASES, IMPLEMENTATIONS)]
+
+
+@pytest.mark.parametrize("name, implementation", BATTERY)
 def test_matches_the_oracle(name, implementation, small_chunks):
     arrays, rest = arguments(CASES[name])
     expected = oracle_of(name)
@@ -208,8 +224,10 @@ def test_a_query_that_sees_nothing_gives_exact_zeros(mask_kind, implementation, 
         run(arrays, rest, implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["gqa", "softcap, alibi, window, gqa", "bidirectional", "large scores"])
+ROUNDED = ("gqa", "softcap, alibi, window, gqa", "bidirectional", "large scores", "decode")
+
+
+@pytest.mark.parametrize("name, implementation", [row for row in BATTERY if row.values[0] in ROUNDED])
 def test_bfloat16_is_as_near_as_the_reference(name, implementation, small_chunks):
     arrays, rest = arguments(CASES[name])
     rounded = {key: jnp.asarray(x, jnp.bfloat16) for key, x in arrays.items()}
@@ -265,15 +283,6 @@ def test_chunked_program_does_not_grow_with_length(small_chunks):
     assert program(32) == program(320)
 
 
-def test_none_chooses_by_shape(small_chunks):
-    assert module.default_implementation(1) is module.reference  # a decode step has nothing to cut into chunks
-    assert module.default_implementation(2) is module.chunked
-    arrays, rest = arguments(CASES["gqa"])
-    program = str(jax.make_jaxpr(lambda a: run(a, rest, None))(arrays))
-    assert "scan" in program
-    np.testing.assert_allclose(run(arrays, rest, None), run(arrays, rest, "reference"), rtol=1e-5, atol=1e-6)
-
-
 def test_the_default_chunk_at_its_own_size():
     """Once with the chunk that really runs: 300 tokens are two chunks of 256."""
     arrays, rest = arguments(Case(("1" * 200 + "2" * 100,), heads=2, groups=1))
@@ -292,10 +301,12 @@ def test_one_document_alone_gives_what_it_gives_packed(implementation, small_chu
     np.testing.assert_allclose(run(alone, cut, implementation), y[:, 19:], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, devices):
+@pytest.mark.parametrize("implementation, check_vma", [
+    (name, check) for name in (*IMPLEMENTATIONS, None) for check in (False, True)
+    if (name, check) != ("flash", True)])  # JAX's interpreter of kernels knows no varying axes; None has the kernels, too
+def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, monkeypatch, devices):
     """Rows split over two devices; the slopes are whole on each, so their gradient is a sum."""
+    monkeypatch.setattr(module, "INTERPRET", True)  # the TPU's interpreter has effects, which remat refuses
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:2])
     split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     case = Case((LONG, LONG), heads=4, alibi=True)
@@ -315,7 +326,7 @@ def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, dev
 
 
 BAD = {
-    "no such implementation": (dict(implementation="flash"), "reference, chunked"),
+    "no such implementation": (dict(implementation="fused"), "reference, chunked, flash"),
     "no such mask": (dict(mask_kind="full"), "causal, bidirectional, prefix"),
     "prefix without its mask": (dict(mask_kind="prefix"), "k_prefix_BxS"),
     "window 0": (dict(window=0), "window 0"),

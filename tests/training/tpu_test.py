@@ -128,6 +128,13 @@ def test_the_pallas_kernel_is_in_the_program(compiled):
     assert "tpu_custom_call" in compiled("pallas").as_text()
 
 
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "cp"])
+def test_flash_attention_is_in_the_sharded_step(name, compiled):
+    """Forward and backward, though nothing names it and this is a CPU."""
+    text = compiled(name).as_text()
+    assert "flash_attention_forward" in text and "flash_attention_backward" in text
+
+
 def test_memory_is_sharded(chips, compiled):
     """Under fsdp a chip holds a quarter of parameters and optimizer state, and the compiler was given no more than that.
 

@@ -1,0 +1,78 @@
+"""What only the flash kernels have: when they run, what they refuse, what they never read, and what they count."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import attention as module
+from kernels import attention_pallas
+from research.training.flops import count_flops
+from tests.kernels.attention_test import CASES, Case, arguments, oracle_of, run, values_and_gradients
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that short rows take several blocks, in Pallas's TPU interpret mode."""
+    monkeypatch.setattr(attention_pallas, "BLOCK", 16)
+    monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams())
+
+
+def test_none_is_chunked_off_a_tpu():
+    """The flash kernels are in the program until it is lowered."""
+    for name in ("gqa", "decode"):
+        arrays, rest = arguments(CASES[name])
+        program = jax.jit(lambda a: run(a, rest, None))  # noqa: B023
+        assert "pallas_call" in str(program.trace(arrays).jaxpr)
+        assert "custom_call_target=\"tpu" not in program.lower(arrays).compile().as_text()
+        np.testing.assert_allclose(program(arrays), run(arrays, rest, "reference"), rtol=1e-5, atol=1e-6)
+
+
+def test_what_flash_refuses_runs_chunked_and_says_so(caplog):
+    arrays, rest = arguments(CASES["gqa"])
+    halves = {key: x.astype(np.float16) for key, x in arrays.items()}
+    with pytest.raises(ValueError, match="flash can't serve this: q, k and v are float16"):
+        run(halves, rest, "flash")
+    with caplog.at_level("INFO"):
+        run(halves, rest, None)
+    assert len(caplog.messages) == 1 and "float16" in caplog.text
+
+
+def test_races_are_looked_for(capfd, monkeypatch):
+    """Forward and backward, with what the grid calls parallel on two cores; the detector prints what it finds."""
+    monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
+    arrays, rest = arguments(CASES["gqa"])
+    values_and_gradients(lambda a: run(a, rest, "flash"), arrays, arrays["q"].shape)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_many_queries_go_backward_in_chunks(monkeypatch):
+    """As where the gradients of a key head's queries don't fit on the chip: here 16 of 41 at a time."""
+    monkeypatch.setattr(attention_pallas, "ROW_BYTES", 4 * 3 * 64 * 16)  # float32, heads of a key head, width, queries
+    name = "gqa"
+    arrays, rest = arguments(CASES[name])
+    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, oracle_of(name)[0].shape)
+    for key, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, oracle_of(name)[1][key], rtol=2e-5, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("queries", [1, 32])
+def test_a_block_that_nothing_sees_is_never_read(queries):
+    """Rows of packed documents, a cache's empty slots: NaNs there leave no trace, though 0 * NaN is NaN."""
+    case = Case(("2" * queries,), ("1" * 16 + "2" * 32 + "0" * 16,), q_from=31 if queries == 1 else 0)
+    arrays, rest = arguments(case)
+    for key in "kv":
+        arrays[key][:, :16] = arrays[key][:, 48:] = np.nan
+    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, arrays["q"].shape)
+    assert np.isfinite(y).all()
+    if queries > 1:  # the backward pass of a few queries is the portable one
+        assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_flops_are_the_same_on_every_back_end():
+    arrays, rest = arguments(Case(("1" * 300 + "2" * 212,), heads=4, groups=2, value_dim=6))
+    step = jax.value_and_grad(lambda a: run(a, rest, None).sum())
+    pairs = 2 * 4 * 512 * 512
+    assert count_flops(step, arrays) == count_flops(step, arrays, platform="tpu") == pairs * ((4 + 6) + (3 * 4 + 2 * 6))
