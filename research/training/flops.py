@@ -42,11 +42,11 @@ def count_flops(
     Args:
       platform: "tpu", "cuda", "cpu", ... or None for the default branch (the first, if there is no default).
       pallas_flops: by the kernel's `name`, the flops of one call, or a function that gives them from the
-        operands (each with shape and dtype).
+        operands (each with shape and dtype); a kernel that isn't there counts as its own cost_estimate says.
 
     Raises:
-      ValueError: a while loop that multiplies matrices, a Pallas kernel not in pallas_flops, or a primitive
-        unknown here that holds products; the message names it.
+      ValueError: a while loop that multiplies matrices, a Pallas kernel that neither says nor is in pallas_flops,
+        or a primitive unknown here that holds products; the message names it.
 
     The yardstick (Kaplan et al. 2020, section 2.1): training a stack of N weights on D tokens is 6ND.
     """
@@ -146,8 +146,10 @@ def _cond(params: Mapping[str, Any], platform: str | None, inner: Callable[[Any]
 
 
 def _pallas_call(eqn: Any, pallas_flops: PallasFlops) -> float:
-    name = eqn.params["name"]
+    name, declared = eqn.params["name"], eqn.params["cost_estimate"]
+    if name not in pallas_flops and declared is not None:
+        return float(declared.flops)
     if name not in pallas_flops:
-        raise ValueError(f"count_flops: Pallas kernel {name!r} isn't in pallas_flops; add its flops a call")
+        raise ValueError(f"count_flops: Pallas kernel {name!r} says no cost_estimate and isn't in pallas_flops")
     flops = pallas_flops[name]
     return float(flops(*(v.aval for v in eqn.invars)) if callable(flops) else flops)

@@ -1,0 +1,109 @@
+"""Compiles a run's step for a TPU slice that isn't there: `python -m tools.aot --config=llama3_8b --topology=v5p:4x4x4`
+
+Builds exactly the step that `experiments.train` would run, from shapes alone, and compiles it with the TPU's own compiler, on any
+machine: memory per chip, FLOPs, collectives over each mesh axis, the compiler's cycles. `--set mesh.slices=2` compiles for two
+slices. What each figure is and how far to trust it: docs/tpu.md.
+"""
+
+import sys
+import threading
+import time
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments import command_line
+from research.aot.compile import compile_for, tpu_topology
+from research.aot.report import report
+from research.errors import InputError
+
+command_line.define_config_flags()
+command_line.define_json_flag()
+flags.DEFINE_string("topology", None, "A slice of research/hardware.py: v5p:4x4x4, v5e:16x16, v6e-256.")
+flags.DEFINE_float("price", None, "USD per chip-hour, instead of the list price.")
+flags.adopt_module_key_flags(command_line)
+FLAGS = flags.FLAGS
+
+
+class Waiting:
+    """A line on standard error that counts the seconds, where someone is looking; else one line at the start."""
+
+    def __init__(self, what: str):
+        self.what, self.done = what, threading.Event()
+
+    def __enter__(self) -> None:
+        self.thread = threading.Thread(target=self._count, daemon=True)
+        self.thread.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _count(self) -> None:
+        if not sys.stderr.isatty():
+            print(self.what, file=sys.stderr)
+            return
+        started = time.monotonic()
+        with tqdm(desc=self.what, bar_format="{desc}: {elapsed}", leave=False) as line:
+            while not self.done.wait(1.0):
+                line.set_postfix_str(f"{time.monotonic() - started:.0f} s")
+                line.refresh()
+
+
+def gigabytes(count: float | None) -> str:
+    return "-" if count is None else f"{count / 1e9:,.2f} GB"
+
+
+def seconds(value: Any) -> str:
+    if value is None:
+        return "not shown"
+    if isinstance(value, dict):
+        return f"{value['value']:.3g} s ({value['low']:.3g} to {value['high']:.3g})"
+    return f"{value:.3g} s"
+
+
+def verdict(answer: dict) -> str:
+    memory = answer["memory"]
+    if memory["fits"]:
+        return f"fits: at most {gigabytes(memory['peak'])} of {gigabytes(memory['hbm'])} a chip are in use at one time"
+    lines = [f"does not fit: {gigabytes(memory['total'])} a chip, {gigabytes(memory['total'] - memory['hbm'])} more than it has"]
+    return "\n".join([*lines, *(f"  would help: {line}" for line in answer["help"])])
+
+
+def show(answer: dict) -> None:
+    memory, flops = answer["memory"], answer["flops"]
+    mesh = ", ".join(f"{axis}={size}" for axis, size in answer["mesh"].items()) or "one device"
+    print(f"{answer['config']} on {answer['chips']} chips of {answer['topology']} ({mesh})\n")
+    rows = [["figure", "value"], *([f"memory.{name}", gigabytes(memory[name])] for name in (
+        "arguments", "temporaries", "total", "peak", "hbm")),
+        ["flops.step", "unknown" if flops["step"] is None else f"{flops['step']:.4g}"], ["flops.model", f"{flops['model']:.4g}"],
+        ["flops.ratio", "unknown" if flops["ratio"] is None else f"{flops['ratio']:.3f}"],
+        ["estimated_cycles", "-" if answer["estimated_cycles"] is None else f"{answer['estimated_cycles']:,}"],
+        *([f"floors.{name}", seconds(value)] for name, value in (answer["floors"] or {}).items()),
+        ["step_seconds", seconds(answer["step_seconds"])], ["compile_seconds", f"{answer['compile_seconds']:.0f}"]]
+    command_line.print_table(rows)
+    if answer["collectives"]:
+        print()
+        command_line.print_table([["collective", "over", "a step", "bytes a chip"], *(
+            [one["kind"], one["axis"], str(one["count"]), gigabytes(one["bytes"])] for one in answer["collectives"])])
+    print(f"\n{verdict(answer)}")
+    for line in answer["warnings"]:
+        print(f"warning: {line}")
+
+
+def main(_: list[str]) -> int:
+    if FLAGS.topology is None:
+        raise InputError("--topology", "is missing", "name a slice, e.g. --topology=v5p:4x4x4")
+    if FLAGS.price is not None and not 0 < FLAGS.price < float("inf"):
+        raise InputError("--price", f"{FLAGS.price:g} isn't positive", "give USD per chip-hour")
+    topology = tpu_topology(FLAGS.topology)
+    config = command_line.configured()[0]
+    with Waiting(f"compiling {config.name} for {topology.name}"):
+        answer = report(compile_for(config, topology), FLAGS.price)
+    command_line.print_json(answer) if FLAGS.json else show(answer)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
