@@ -8,6 +8,7 @@ from typing import Any, Mapping, Sequence
 
 from research.aot import estimate, hlo
 from research.aot.compile import Compiled, Memory, step_flops
+from research.aot.estimate import Interval
 from research.aot.hlo import Collective
 from research.schema import Config
 from research.training.optimizers import OPTIMIZERS
@@ -23,7 +24,8 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
     mesh = dict(program.layout.mesh.shape)
     warnings: list[str] = []
     flops = _flops(program, warnings)
-    found, cycles, floors = None, None, None
+    found, cycles, parts, floors, seconds = None, None, None, None, None
+    reason = "the step doesn't compile: it doesn't fit"
     if compiled.text is not None:
         parsed = hlo.parse(compiled.text)
         found, cycles = hlo.collectives(parsed, mesh), hlo.cycles(parsed)
@@ -31,17 +33,31 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
         if compiled.memory.total > compiled.memory.hbm:
             warnings.append("the compiler's own sum of the memory is above the chip's, and yet it placed the program: it counts "
                             "buffers that share their place; peak says what is alive at one time")
-        if flops["step"] is not None:
-            dtype = program.config.model.compute_dtype
-            floors = vars(estimate.floors(flops["step"], compiled.memory.arguments, found, chip, compiled.chips, dtype))
+        dtype = program.config.model.compute_dtype
+        parts = estimate.parts(parsed, chip, dtype)
+        floors = estimate.floors(flops["step"] or flops["model"], compiled.memory.arguments, found, chip, compiled.chips, dtype)
+        seconds, reason = estimate.step_seconds(parts, floors, program.config, chip)
+    price = chip.price_per_hour if price is None else price
+    hours = seconds and _times(seconds, program.config.train.steps * compiled.chips / 3600)
     return {
         "config": program.config.name, "topology": compiled.topology.name, "slices": compiled.slices, "chips": compiled.chips,
         "mesh": {axis: size for axis, size in mesh.items() if size > 1}, "memory": dict(vars(compiled.memory)), "flops": flops,
-        "collectives": None if found is None else summed(found), "estimated_cycles": cycles, "floors": floors,
-        "step_seconds": None, "mfu": None, "tokens_per_step": program.tokens_per_step, "steps": program.config.train.steps,
-        "price": chip.price_per_hour if price is None else price, "chip_hours": None, "cost": None,
+        "collectives": None if found is None else summed(found), "estimated_cycles": cycles,
+        "parts": parts and {**vars(parts), "seconds": parts.seconds}, "floors": floors and dict(vars(floors)),
+        "step_seconds": seconds and dict(vars(seconds)), "not_shown": reason,
+        "mfu": seconds and _over(flops["model"] / compiled.chips / chip.peak(dtype), seconds),
+        "tokens_per_step": program.tokens_per_step, "steps": program.config.train.steps, "chip_hours": hours, "price": price,
+        "cost": None if hours is None or price is None else {name: value * price for name, value in hours.items()},
         "compile_seconds": compiled.seconds, "warnings": warnings,
         "help": [] if compiled.memory.fits else what_would_help(program.config, compiled.memory, mesh, compiled.chips)}
+
+
+def _times(interval: Interval, factor: float) -> dict[str, float]:
+    return {name: value * factor for name, value in vars(interval).items()}
+
+
+def _over(number: float, interval: Interval) -> dict[str, float]:
+    return {"value": number / interval.value, "low": number / interval.high, "high": number / interval.low}
 
 
 def _flops(program: Program, warnings: list[str]) -> dict[str, float | None]:
