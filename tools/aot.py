@@ -7,9 +7,9 @@ slices. What each figure is and how far to trust it: docs/tpu.md.
 `--search [--minutes=30] [--output=FILE]` compiles layouts of it (rules, remat, microbatches) and prints the best that fits.
 """
 
+import os
 import sys
 import threading
-import time
 from typing import Any
 
 from absl import flags
@@ -52,10 +52,8 @@ class Waiting:
         if not sys.stderr.isatty():
             print(self.what, file=sys.stderr)
             return
-        started = time.monotonic()
         with tqdm(desc=self.what, bar_format="{desc}: {elapsed}", leave=False) as line:
             while not self.done.wait(1.0):
-                line.set_postfix_str(f"{time.monotonic() - started:.0f} s")
                 line.refresh()
 
 
@@ -78,7 +76,7 @@ def number(interval: dict | None) -> str:
 def verdict(answer: dict) -> str:
     memory = answer["memory"]
     if memory["fits"]:
-        return f"fits: at most {gigabytes(memory['peak'])} of {gigabytes(memory['hbm'])} a chip are in use at one time"
+        return f"fits: {gigabytes(memory['peak'])} of {gigabytes(memory['hbm'])} a chip are alive at the fullest moment"
     lines = [f"does not fit: {gigabytes(memory['total'])} a chip, {gigabytes(memory['total'] - memory['hbm'])} more than it has"]
     return "\n".join([*lines, *(f"  would help: {line}" for line in answer["help"])])
 
@@ -133,6 +131,9 @@ def show_search(trials: list[Trial], left: int) -> None:
 def run_search(config: Config, topology: Topology) -> None:
     if not 0 < FLAGS.minutes < float("inf"):
         raise InputError("--minutes", f"{FLAGS.minutes:g} isn't positive", "give the minutes after which nothing new is compiled")
+
+    if FLAGS.output and (os.path.isdir(FLAGS.output) or not os.access(os.path.dirname(os.path.abspath(FLAGS.output)), os.W_OK)):
+        raise InputError("--output", f"{FLAGS.output} can't be written", "name a file in a directory that is there")
 
     def started(sets: dict) -> None:
         print(f"compiling {layout(sets)}", file=sys.stderr)

@@ -40,12 +40,14 @@ class Parts:
 
     dense: the compiler's cycles over the clock, but for attention. The kernels are what they say of their FLOPs, at the peak:
     attention, and grouped products. unknown: attention without a kernel (its cycles), and kernels that aren't known here.
+    silent: how many kernels say nothing; they are in no sum.
     """
 
     dense: float
     attention: float = 0.0
     grouped: float = 0.0
     unknown: float = 0.0
+    silent: int = 0
 
     @property
     def seconds(self) -> float:
@@ -103,15 +105,17 @@ def _received(collective: Collective) -> float:
 def parts(program: hlo.Program, chip: Chip, dtype: str) -> Parts:
     """Of a compiled step; kernels are told apart by name."""
     cycles = {"dense": 0, "unknown": 0}
-    flops = {"attention": 0.0, "grouped": 0.0, "unknown": 0.0}
+    flops, silent = {"attention": 0.0, "grouped": 0.0, "unknown": 0.0}, 0
     for _, instruction, times in hlo.walk(program):
         if instruction.attribute(r'custom_call_target="(tpu_custom_call)"'):
-            flops[_kernel(instruction)] += times * float(instruction.attribute(r'"flops":"(-?\d+)"') or 0)
+            declared = float(instruction.attribute(r'"flops":"(-?\d+)"') or 0)
+            flops[_kernel(instruction)] += times * declared
+            silent += declared <= 0 and "pallas_call" in instruction.op_name
         else:
             cycles["unknown" if "._attend/" in instruction.op_name else "dense"] += times * instruction.cycles
     peak = chip.peak(dtype) / chip.devices
     return Parts(cycles["dense"] / chip.clock_hz, flops["attention"] / peak, flops["grouped"] / peak,
-                 cycles["unknown"] / chip.clock_hz + flops["unknown"] / peak)
+                 cycles["unknown"] / chip.clock_hz + flops["unknown"] / peak, silent)
 
 
 def _kernel(instruction: hlo.Instruction) -> str:
@@ -146,6 +150,8 @@ def step_seconds(
     mixers = {type(mixer) for stage in (*config.model.stages, *config.model.encoder_stages) for mixer in stage.pattern}
     if strange := sorted(mixer.__name__ for mixer in mixers if mixer not in CALIBRATED_MIXERS):
         return None, f"no published run has {', '.join(strange)}"
+    if step.silent:
+        return None, f"{step.silent} Pallas kernels don't say their cost"
     if step.unknown > MOST_UNKNOWN * step.seconds:
         return None, (f"{step.unknown / step.seconds:.0%} of the compiler's time is attention without a kernel, or in kernels that "
                       "no published run has")

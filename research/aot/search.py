@@ -117,8 +117,12 @@ def _read(path: str | None, key: Mapping[str, Any]) -> list[Trial]:
     if path is None or not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.endswith("\n")]
-    return [Trial(row["sets"], row["answer"], row["problem"]) for row in rows if row["of"] == key]
+        lines = [line for line in file if line.endswith("\n")]  # a line that was cut short is compiled again
+    try:
+        rows = [json.loads(line) for line in lines]
+        return [Trial(row["sets"], row["answer"], row["problem"]) for row in rows if row["of"] == key]
+    except (ValueError, TypeError, KeyError):
+        raise InputError("--output", f"{path} holds something else than trials of a search", "name another file") from None
 
 
 def _append(path: str | None, key: Mapping[str, Any], trial: Trial) -> None:

@@ -50,7 +50,13 @@ def test_kernels_are_what_they_say_of_themselves(name, path):
     text = f"ENTRY %main (p: bf16[8]) -> bf16[8] {{\n  %p = bf16[8]{{0}} parameter(0)\n  {KERNEL.format(name=name, path=path)}\n}}\n"
     found = estimate.parts(hlo.parse(text), V5P, "bfloat16")
     assert dataclasses.asdict(found) == {part: float(part == KINDS[name, path]) for part in
-                                         ("dense", "attention", "grouped", "unknown")}
+                                         ("dense", "attention", "grouped", "unknown", "silent")}
+
+
+def test_a_kernel_that_says_nothing_is_no_kernel_without_cost():
+    kernel = KERNEL.format(name="custom-call.5", path="jit(step)/attention_0._attend/pallas_call").replace("flops", "none")
+    text = f"ENTRY %main (p: bf16[8]) -> bf16[8] {{\n  %p = bf16[8]{{0}} parameter(0)\n  {kernel}\n}}\n"
+    assert estimate.parts(hlo.parse(text), V5P, "bfloat16") == Parts(0.0, silent=1)
 
 
 def test_attention_without_a_kernel_is_apart():
@@ -91,6 +97,7 @@ SILENT = {
     "no published run on v5e": (Parts(2.0), NOTHING, "llama3_8b", "v5e", RUNS),
     "no published run has Mamba2": (Parts(2.0), NOTHING, "mamba2_2_7b", "v5p", RUNS),
     "33% of the compiler's time": (Parts(2.0, unknown=1.0), NOTHING, "llama3_8b", "v5p", RUNS),
+    "2 Pallas kernels don't say": (Parts(2.0, silent=2), NOTHING, "llama3_8b", "v5p", RUNS),
     "collectives take more": (Parts(2.0), Floors(0.0, 0.0, 1.0), "llama3_8b", "v5p", RUNS),
 }
 

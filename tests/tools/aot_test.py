@@ -175,6 +175,10 @@ def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path
     assert [(s["model.remat"], s["train.microbatches"]) for s in meshes] == [("none", 1), ("none", 2), ("dots", 1), ("full", 1)]
     other, _ = aot_search.search(override(config, {"seed": 1}), topology, 0.0, path)
     assert len(other) == 1  # another config's trials are not taken
+    with open(path, "a") as file:
+        file.write('{"sets": 1}\n')
+    with pytest.raises(InputError, match="something else than trials"):
+        aot_search.search(config, topology, 0.0, path)
 
 
 if __name__ == "__main__":
