@@ -1,8 +1,8 @@
 """Compiles a run's step for a TPU slice that isn't there: `python -m tools.aot --config=llama3_8b --topology=v5p:4x4x4`
 
-Builds exactly the step that `experiments.train` would run, from shapes alone, and compiles it with the TPU's own compiler, on any
-machine: memory per chip, FLOPs, collectives over each mesh axis, the compiler's cycles. `--set mesh.slices=2` compiles for two
-slices. What each figure is and how far to trust it: docs/tpu.md.
+Builds exactly the step that `experiments.train` would run, from shapes alone, and compiles it with the TPU's own compiler, on
+any machine: memory per chip, FLOPs, collectives over each mesh axis, the compiler's cycles. `--set mesh.slices=2` compiles for
+two slices. What each figure is and how far to trust it: docs/tpu.md.
 
 `--search [--minutes=30] [--output=FILE]` compiles layouts of it (rules, remat, microbatches) and prints the best that fits.
 """
@@ -27,7 +27,7 @@ command_line.define_config_flags()
 command_line.define_json_flag()
 flags.DEFINE_string("topology", None, "A slice of research/hardware.py: v5p:4x4x4, v5e:16x16, v6e-256.")
 flags.DEFINE_float("price", None, "USD per chip-hour, instead of the list price.")
-flags.DEFINE_boolean("search", False, "Compile layouts (rules, remat, microbatches) of the same batch, and name the best that fits.")
+flags.DEFINE_boolean("search", False, "Compile layouts (rules, remat, microbatches) of the same batch; name the best.")
 flags.DEFINE_float("minutes", 30.0, "With --search: no new compile after so long.")
 flags.DEFINE_string("output", None, "With --search: a file of what was tried; the next search goes on from it.")
 flags.adopt_module_key_flags(command_line)
@@ -77,8 +77,9 @@ def verdict(answer: dict) -> str:
     memory = answer["memory"]
     if memory["fits"]:
         return f"fits: {gigabytes(memory['peak'])} of {gigabytes(memory['hbm'])} a chip are alive at the fullest moment"
-    lines = [f"does not fit: {gigabytes(memory['total'])} a chip, {gigabytes(memory['total'] - memory['hbm'])} more than it has"]
-    return "\n".join([*lines, *(f"  would help: {line}" for line in answer["help"])])
+    over = memory["total"] - memory["hbm"]
+    verdict = f"does not fit: {gigabytes(memory['total'])} a chip, {gigabytes(over)} more than it has"
+    return "\n".join([verdict, *(f"  would help: {line}" for line in answer["help"])])
 
 
 def show(answer: dict) -> None:
@@ -87,7 +88,8 @@ def show(answer: dict) -> None:
     print(f"{answer['config']} on {answer['chips']} chips of {answer['topology']} ({mesh})\n")
     rows = [["figure", "value"], *([f"memory.{name}", gigabytes(memory[name])] for name in (
         "arguments", "temporaries", "total", "peak", "hbm")),
-        ["flops.step", "unknown" if flops["step"] is None else f"{flops['step']:.4g}"], ["flops.model", f"{flops['model']:.4g}"],
+        ["flops.step", "unknown" if flops["step"] is None else f"{flops['step']:.4g}"],
+        ["flops.model", f"{flops['model']:.4g}"],
         ["flops.ratio", "unknown" if flops["ratio"] is None else f"{flops['ratio']:.3f}"],
         ["estimated_cycles", "-" if answer["estimated_cycles"] is None else f"{answer['estimated_cycles']:,}"],
         *([f"floors.{name}", seconds(value)] for name, value in (answer["floors"] or {}).items()),
@@ -118,7 +120,8 @@ def show_search(trials: list[Trial], left: int) -> None:
             rows.append([layout(trial.sets), "-", "-", "-", "-", "-", trial.problem])
             continue
         memory, ratio = trial.answer["memory"], trial.answer["flops"]["ratio"]
-        times = [f"{trial.answer['floors']['collectives']:.3g} s", f"{trial.seconds:.3g} s"] if trial.answer["floors"] else ["-"] * 2
+        floors = trial.answer["floors"]
+        times = [f"{floors['collectives']:.3g} s", f"{trial.seconds:.3g} s"] if floors else ["-", "-"]
         rows.append([layout(trial.sets), "yes" if trial.fits else "no", gigabytes(memory["total"]),
                      "-" if ratio is None else f"{ratio:.2f}", *times, "<- best" if trial is chosen else ""])
     command_line.print_table(rows)
@@ -130,8 +133,7 @@ def show_search(trials: list[Trial], left: int) -> None:
 
 def run_search(config: Config, topology: Topology) -> None:
     if not 0 < FLAGS.minutes < float("inf"):
-        raise InputError("--minutes", f"{FLAGS.minutes:g} isn't positive", "give the minutes after which nothing new is compiled")
-
+        raise InputError("--minutes", f"{FLAGS.minutes:g} isn't positive", "after so many, nothing new is compiled")
     if FLAGS.output and (os.path.isdir(FLAGS.output) or not os.access(os.path.dirname(os.path.abspath(FLAGS.output)), os.W_OK)):
         raise InputError("--output", f"{FLAGS.output} can't be written", "name a file in a directory that is there")
 

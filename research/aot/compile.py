@@ -30,8 +30,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Memory:
     """Bytes a chip. `total`: arguments (the state and a batch), temporaries, and outputs without what they reuse.
 
-    temporaries are as the compiler's summary counts them, which is more than it sets aside (docs/tpu.md). `peak` is what is alive
-    at one time, arguments included; None where the compiler gave up. `fits` is its verdict: it refuses what it can't place.
+    temporaries are as the compiler's summary counts them, which is more than it sets aside (docs/tpu.md). `peak` is what is
+    alive at one time, arguments included; None where the compiler gave up. `fits`: its verdict, it refuses what it can't place.
     """
 
     arguments: int
@@ -75,8 +75,9 @@ def devices_of(topology: Topology, slices: int = 1) -> Sequence[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("libtpu", "the TPU compiler is not installed", 'pip install "rung[tpu]"')
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if topology.chips == 1:
         more["chips_per_host_bounds"] = (1, 1, 1)

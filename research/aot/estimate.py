@@ -153,8 +153,8 @@ def step_seconds(
     if step.silent:
         return None, f"{step.silent} Pallas kernels don't say their cost"
     if step.unknown > MOST_UNKNOWN * step.seconds:
-        return None, (f"{step.unknown / step.seconds:.0%} of the compiler's time is attention without a kernel, or in kernels that "
-                      "no published run has")
+        return None, (f"{step.unknown / step.seconds:.0%} of the compiler's time is attention without a kernel, or in kernels "
+                      "that no published run has")
     value = step.seconds / scale
     least = max(floor.compute, floor.memory, floor.collectives or 0.0)
     if (floor.collectives or 0.0) > MOST_COLLECTIVES * value:

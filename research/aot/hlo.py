@@ -60,8 +60,8 @@ class Program:
 class Collective:
     """One of the program's, and how often a step runs it.
 
-    bytes: of the whole array on one device: what is gathered, reduced, or given away. axis: mesh axes that it is over, joined by
-    "+". arrays: dtype and shape of those.
+    bytes: of the whole array on one device: what is gathered, reduced, or given away. axis: mesh axes that it is over, joined
+    by "+". arrays: dtype and shape of those. padded: an all-reduce of arrays of which each device fills in a part: a gather.
     """
 
     kind: str
@@ -71,6 +71,7 @@ class Collective:
     group: int  # devices in a group
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
     op_name: str
+    padded: bool = False
 
 
 def parse(text: str) -> Program:
@@ -117,7 +118,7 @@ def size(dtype: str, shape: Sequence[int]) -> int:
 def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     """How often a counted loop runs its body; 1 where the text doesn't say.
 
-    The compiler writes it down, or the condition compares the counter, which is an element of the loop's tuple, with a constant.
+    The compiler writes it down, or the condition compares the counter, an element of the loop's tuple, with a constant.
     """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
         return int(known)
@@ -209,7 +210,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
         if instruction.opcode.endswith("-start"):  # its result is a tuple of operands and results
             whole = max((arrays(given), arrays(instruction.shape)[len(arrays(given)):]), key=lambda f: sum(size(*a) for a in f))
         found[key] = Collective(kind, over(groups, mesh), times, sum(size(*a) for a in whole), groups.shape[1], whole,
-                                instruction.op_name)
+                                instruction.op_name, any("dynamic-update-slice" in name for name in instruction.operands))
     return list(found.values())
 
 

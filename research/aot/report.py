@@ -14,7 +14,7 @@ from research.schema import Config
 from research.training.optimizers import OPTIMIZERS
 from research.training.program import Program
 
-LARGE = 2**20  # bytes a step below which a collective is no matter
+SHARE = 0.01  # of the bytes of a step's collectives, below which one is no matter
 NAMED = 3  # of a kind, in a warning
 
 
@@ -31,8 +31,8 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
         found, cycles = hlo.collectives(parsed, mesh), hlo.cycles(parsed)
         warnings += collective_warnings(found, program)
         if compiled.memory.total > compiled.memory.hbm:
-            warnings.append("the compiler's own sum of the memory is above the chip's, and yet it placed the program: it counts "
-                            "buffers that share their place; peak says what is alive at one time")
+            warnings.append("the compiler's own sum of the memory is above the chip's, and yet it placed the program: it "
+                            "counts buffers that share their place; peak says what is alive at one time")
         dtype = program.config.model.compute_dtype
         parts = estimate.parts(parsed, chip, dtype)
         floors = estimate.floors(flops["step"] or flops["model"], compiled.memory.arguments, found, chip, compiled.chips, dtype)
@@ -82,10 +82,16 @@ def summed(found: Sequence[Collective]) -> list[dict[str, Any]]:
 
 
 def collective_warnings(found: Sequence[Collective], program: Program) -> list[str]:
-    """All-gathers of activations (other than context parallelism's keys), and sums in float32."""
+    """All-gathers of activations (other than context parallelism's keys), sums in float32, sums in place of gathers."""
     gathers = [one for one in found if one.kind == "all-gather" and one.axis != "context" and gathers_activations(one, program)]
-    wide = [one for one in found if any(dtype == "f32" for dtype, _ in one.arrays) and one.times * one.bytes >= LARGE]
-    return [*_named("all-gather of activations", gathers), *_named("float32 collective", wide)]
+    least = SHARE * sum(one.times * one.bytes for one in found)
+    wide = [one for one in found if one.times * sum(hlo.size(*a) for a in one.arrays if a[0] == "f32") > least]
+    padded = [one for one in found if one.kind == "all-reduce" and one.padded and one.times * one.bytes > least]
+    size = sum(one.times * one.bytes for one in padded) / 1e9
+    instead = [f"{sum(one.times for one in padded)} all-gathers a step are written as all-reduces of zero-filled arrays, "
+               f"{size:,.1f} GB: twice the bytes; the compiler does so over all axes of a v5p torus, not over a plane of it "
+               "(docs/tpu.md)"] if padded else []
+    return [*_named("all-gather of activations", gathers), *_named("float32 collective", wide), *instead]
 
 
 def gathers_activations(one: Collective, program: Program) -> bool:
@@ -101,8 +107,8 @@ def gathers_activations(one: Collective, program: Program) -> bool:
 
 def _named(what: str, found: Sequence[Collective]) -> list[str]:
     found = sorted(found, key=lambda one: -one.times * one.bytes)
-    lines = [f"{what}: {one.kind} over {one.axis} of {', '.join(f'{d}{list(s)}' for d, s in one.arrays[:2])}, {one.times} a step, "
-             f"{one.times * one.bytes / 1e6:,.1f} MB ({one.op_name or 'no name'})" for one in found[:NAMED]]
+    lines = [f"{what}: {one.kind} over {one.axis} of {', '.join(f'{d}{list(s)}' for d, s in one.arrays[:2])}, {one.times} a "
+             f"step, {one.times * one.bytes / 1e6:,.1f} MB ({one.op_name or 'no name'})" for one in found[:NAMED]]
     return lines + ([f"{what}: and {len(found) - NAMED} smaller ones"] if len(found) > NAMED else [])
 
 

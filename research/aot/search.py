@@ -37,7 +37,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """To rank by: the compiler's own time, or the links' where they need longer. Without the calibration: no figure to quote."""
+        """To rank by: the compiler's own time, or the links' where they need longer. Not calibrated: no figure to quote."""
         parts = self.answer["parts"]
         return max(parts["seconds"], self.answer["floors"]["collectives"] or 0.0)
 
@@ -65,8 +65,8 @@ def search(
 ) -> tuple[list[Trial], int]:
     """(trials, layouts left), for as long as `seconds`; at least one is compiled.
 
-    What can't fit, or can't be faster, by what was compiled already, is not tried. Trials in the file `output` (a line each) are not compiled
-    again; new ones are added to it.
+    What can't fit, or can't be faster, by what was compiled already, is not tried. Trials in the file `output` (a line each)
+    are not compiled again; new ones are added to it.
     """
     deadline = time.monotonic() + seconds
     key = {"config": to_json(config), "topology": topology.name}

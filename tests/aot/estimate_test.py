@@ -35,6 +35,7 @@ def test_two_devices_of_a_chip_share_its_links():
     assert two.collectives == 2 * one.collectives
 
 
+MAIN = "ENTRY %main (p: bf16[8]) -> bf16[8] {{\n  %p = bf16[8]{{0}} parameter(0)\n  {}\n}}\n"
 KERNEL = ('ROOT %{name} = bf16[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", metadata={{op_name="{path}"}}, '
           'backend_config={{"custom_call_config":{{"body":"x","cost_estimate":{{"flops":"459000000000000"}}}}}}')
 KINDS = {
@@ -47,7 +48,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name, path", KINDS)
 def test_kernels_are_what_they_say_of_themselves(name, path):
-    text = f"ENTRY %main (p: bf16[8]) -> bf16[8] {{\n  %p = bf16[8]{{0}} parameter(0)\n  {KERNEL.format(name=name, path=path)}\n}}\n"
+    text = MAIN.format(KERNEL.format(name=name, path=path))
     found = estimate.parts(hlo.parse(text), V5P, "bfloat16")
     assert dataclasses.asdict(found) == {part: float(part == KINDS[name, path]) for part in
                                          ("dense", "attention", "grouped", "unknown", "silent")}
@@ -55,16 +56,14 @@ def test_kernels_are_what_they_say_of_themselves(name, path):
 
 def test_a_kernel_that_says_nothing_is_no_kernel_without_cost():
     kernel = KERNEL.format(name="custom-call.5", path="jit(step)/attention_0._attend/pallas_call").replace("flops", "none")
-    text = f"ENTRY %main (p: bf16[8]) -> bf16[8] {{\n  %p = bf16[8]{{0}} parameter(0)\n  {kernel}\n}}\n"
-    assert estimate.parts(hlo.parse(text), V5P, "bfloat16") == Parts(0.0, silent=1)
+    assert estimate.parts(hlo.parse(MAIN.format(kernel)), V5P, "bfloat16") == Parts(0.0, silent=1)
 
 
 def test_attention_without_a_kernel_is_apart():
-    line = '  {name} = bf16[8]{{0}} copy(%p), metadata={{op_name="{path}"}}, backend_config={{"estimated_cycles":"1750000000"}}\n'
-    text = ("ENTRY %main (p: bf16[8]) -> bf16[8] {\n  %p = bf16[8]{0} parameter(0)\n"
-            + line.format(name="%a", path="jit(step)/attention_0/attention_0._attend/shard_map/while/body/exp")
-            + line.format(name="ROOT %b", path="jit(step)/attention_0/attention_0._project/dot_general") + "}\n")
-    found = estimate.parts(hlo.parse(text), V5P, "bfloat16")
+    line = '{} = bf16[8]{{0}} copy(%p), metadata={{op_name="jit(step)/{}"}}, backend_config={{"estimated_cycles":"1750000000"}}'
+    lines = (line.format("%a", "attention_0/attention_0._attend/shard_map/while/body/exp"),
+             line.format("ROOT %b", "attention_0/attention_0._project/dot_general"))
+    found = estimate.parts(hlo.parse(MAIN.format("\n  ".join(lines))), V5P, "bfloat16")
     assert (found.dense, found.unknown) == (1.0, 1.0)
 
 

@@ -17,7 +17,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=4
 %fused (p0: bf16[8,4], p1: bf16[32,4]) -> bf16[32,4] {
   %p0 = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %p1 = bf16[32,4]{1,0} parameter(1)
-  ROOT %all-gather.2 = bf16[32,4]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+  ROOT %all-gather.2 = bf16[32,4]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0)
 }
 
 %all-reduce-scatter.1 (input: f32[32,4]) -> f32[8,4] {
@@ -125,6 +125,13 @@ def test_axes_of_groups(attribute):
     groups = hlo.device_groups(instruction, 8)
     assert hlo.over(groups, {"data": 2, "fsdp": 2, "tensor": 2}) == GROUPS[attribute]
     assert groups.ndim == 2 and np.issubdtype(groups.dtype, np.integer)
+
+
+def test_a_sum_of_what_each_device_fills_in_is_told_apart():
+    name = "%dynamic-update-slice.1"
+    text = PROGRAM.replace("%input = ", f"{name} = ").replace("all-reduce(%input)", f"all-reduce({name})")
+    assert [one.padded for one in hlo.collectives(hlo.parse(text), MESH)] == [False, True]
+    assert [one.padded for one in hlo.collectives(hlo.parse(PROGRAM), MESH)] == [False, False]
 
 
 def test_a_collective_of_one_device_is_none():

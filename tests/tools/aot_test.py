@@ -4,6 +4,7 @@ A change that adds an all-gather, or doubles the temporaries, shows here. After 
 `python -m tests.tools.aot_test` writes what the installed versions give into tests/tools/golden/.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -33,7 +34,8 @@ CASES = {
     "tensor": ("llama_tiny", {"mesh.rules": "fsdp_tp", "mesh.tensor": 2}),
     "expert": ("mixtral_tiny", {"mesh.rules": "ep", "mesh.expert": 2}),
 }
-needs_libtpu = pytest.mark.skipif(aot_compile.importlib.util.find_spec("libtpu") is None, reason="the extra tpu is not installed")
+INSTALLED = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not INSTALLED, reason="the extra tpu is not installed")
 
 
 def configured(name: str):
@@ -116,11 +118,11 @@ def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
 
 
 MESSAGES = {
-    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.00G) exceeds available HBM "
-    "(15.75G).": (0, 0, 16 * 2**30),
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.00G) exceeds available "
+    "HBM (15.75G).": (0, 0, 16 * 2**30),
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 42.50G of 15.75G hbm. "
-    "Exceeded hbm capacity by 26.75G.\n\nTotal hbm usage >= 43.00G:\n    reserved        512.00M \n    program          2.50G \n"
-    "    arguments       40.00G": (40 * 2**30, 2.5 * 2**30, 43 * 2**30),
+    "Exceeded hbm capacity by 26.75G.\n\nTotal hbm usage >= 43.00G:\n    reserved        512.00M \n    program          2.50G"
+    "\n    arguments       40.00G": (40 * 2**30, 2.5 * 2**30, 43 * 2**30),
 }
 
 
@@ -160,7 +162,8 @@ def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path
         compiled.append(sets)
         fits = sets["model.remat"] == "full" or sets["train.microbatches"] > 1
         seconds = {"none": 3.0, "dots": 3.5, "full": 4.0}[sets["model.remat"]] + 0.1 * sets["train.microbatches"]
-        return aot_search.Trial(sets, {"memory": {"fits": fits}, "parts": {"seconds": seconds}, "floors": {"collectives": None}})
+        floors = {"collectives": None}
+        return aot_search.Trial(sets, {"memory": {"fits": fits}, "parts": {"seconds": seconds}, "floors": floors})
 
     monkeypatch.setattr(aot_search, "_compile", fake)
     path, topology = str(tmp_path / "trials.jsonl"), tpu_topology("v5e:2x2")
