@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
@@ -137,6 +138,12 @@ def _too_much(message: str, topology: Topology) -> Memory:
     arguments, temporaries = told(r"arguments\s+([\d.]+)([KMGT]?)"), told(r"program\s+([\d.]+)([KMGT]?)")
     total = max(told(rf"{words} \(?([\d.]+)([KMGT]?)") for words in ("Used", "usage >=", "HLO temporaries"))
     return Memory(arguments, temporaries, max(total, arguments + temporaries), None, topology.chip.hbm_bytes, False)
+
+
+def state_bytes(program: Program) -> int:
+    """Of the state on one device, from shapes: without the tiles that a compiler rounds up to."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(program.abstract))
 
 
 def step_flops(program: Program) -> float:

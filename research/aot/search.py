@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from research.aot.compile import compile_for
+from research.aot.compile import compile_for, devices_of, state_bytes
 from research.aot.report import report
 from research.config import override, to_json
 from research.errors import InputError
@@ -18,6 +18,7 @@ from research.hardware import Topology
 from research.models.moe import Moe
 from research.scaling.footprint import activations
 from research.schema import Config
+from research.training.program import make_program
 
 REMAT = ("none", "dots", "full")  # from the fewest FLOPs to the least memory
 KEPT = ("memory", "flops", "collectives", "parts", "floors", "step_seconds", "mfu", "compile_seconds")
@@ -98,9 +99,12 @@ def _hopeless(sets: Mapping[str, Any], tried: Trial) -> bool:
 def _compile(config: Config, topology: Topology, sets: Mapping[str, Any]) -> Trial:
     try:
         config = override(config, dict(sets))
+        state = topology.chip.devices * state_bytes(make_program(config, devices_of(topology, config.mesh.slices)))
+        if state > topology.chip.hbm_bytes:
+            return Trial(sets, None, f"needs {state / 1e9:,.0f} GB a chip for the state alone")
         kept = activations(config).low / topology.chips / config.mesh.slices
-        if kept > topology.chip.hbm_bytes:
-            return Trial(sets, None, f"keeps {kept / 1e9:,.0f} GB of activations a chip")
+        if state + kept > topology.chip.hbm_bytes:
+            return Trial(sets, None, f"needs {state / 1e9:,.0f} GB a chip for the state, {kept / 1e9:,.0f} for activations")
         answer = report(compile_for(config, topology))
     except InputError as error:
         return Trial(sets, None, str(error))

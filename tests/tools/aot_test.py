@@ -155,6 +155,16 @@ def test_warnings_name_gathered_activations_and_wide_sums(devices):
     assert "jit(step)/x" in found[0]
 
 
+@needs_libtpu
+def test_a_search_compiles_nothing_that_its_shapes_rule_out(monkeypatch):
+    monkeypatch.setattr(aot_search, "compile_for", None)
+    sets = next(aot_search.layouts(preset("llama3_8b"), tpu_topology("v5e:2x2")))
+    trial = aot_search._compile(preset("llama3_8b"), tpu_topology("v5e:2x2"), sets)
+    assert not trial.fits and trial.problem.startswith("needs 24 GB a chip for the state")
+    trial = aot_search._compile(preset("llama3_8b"), tpu_topology("v5e:2x2"), sets | {"mesh.tensor": 3})
+    assert not trial.fits and "do not multiply" in trial.problem
+
+
 def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path, monkeypatch):
     compiled = []
 
