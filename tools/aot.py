@@ -57,8 +57,10 @@ class Waiting:
                 line.refresh()
 
 
-def gigabytes(count: float | None) -> str:
-    return "-" if count is None else f"{count / 1e9:,.2f} GB"
+def size(count: float | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.3f} MB"
 
 
 def seconds(value: Any) -> str:
@@ -76,9 +78,9 @@ def number(interval: dict | None) -> str:
 def verdict(answer: dict) -> str:
     memory = answer["memory"]
     if memory["fits"]:
-        return f"fits: {gigabytes(memory['peak'])} of {gigabytes(memory['hbm'])} a chip are alive at the fullest moment"
+        return f"fits: {size(memory['peak'])} of {size(memory['hbm'])} a chip are alive at the fullest moment"
     over = memory["total"] - memory["hbm"]
-    verdict = f"does not fit: {gigabytes(memory['total'])} a chip, {gigabytes(over)} more than it has"
+    verdict = f"does not fit: {size(memory['total'])} a chip, {size(over)} more than it has"
     return "\n".join([verdict, *(f"  would help: {line}" for line in answer["help"])])
 
 
@@ -86,7 +88,7 @@ def show(answer: dict) -> None:
     memory, flops = answer["memory"], answer["flops"]
     mesh = ", ".join(f"{axis}={size}" for axis, size in answer["mesh"].items()) or "one device"
     print(f"{answer['config']} on {answer['chips']} chips of {answer['topology']} ({mesh})\n")
-    rows = [["figure", "value"], *([f"memory.{name}", gigabytes(memory[name])] for name in (
+    rows = [["figure", "value"], *([f"memory.{name}", size(memory[name])] for name in (
         "arguments", "temporaries", "total", "peak", "hbm")),
         ["flops.step", "unknown" if flops["step"] is None else f"{flops['step']:.4g}"],
         ["flops.model", f"{flops['model']:.4g}"],
@@ -99,7 +101,7 @@ def show(answer: dict) -> None:
     if answer["collectives"]:
         print()
         command_line.print_table([["collective", "over", "a step", "bytes a chip"], *(
-            [one["kind"], one["axis"], str(one["count"]), gigabytes(one["bytes"])] for one in answer["collectives"])])
+            [one["kind"], one["axis"], str(one["count"]), size(one["bytes"])] for one in answer["collectives"])])
     print(f"\n{verdict(answer)}")
     print(f"time, MFU and cost aren't shown: {answer['not_shown']}" if answer["not_shown"] else
           "time, MFU and cost are a compiler's estimate, calibrated on published runs (docs/tpu.md)")
@@ -122,7 +124,7 @@ def show_search(trials: list[Trial], left: int) -> None:
         memory, ratio = trial.answer["memory"], trial.answer["flops"]["ratio"]
         floors = trial.answer["floors"]
         times = [f"{floors['collectives']:.3g} s", f"{trial.seconds:.3g} s"] if floors else ["-", "-"]
-        rows.append([layout(trial.sets), "yes" if trial.fits else "no", gigabytes(memory["total"]),
+        rows.append([layout(trial.sets), "yes" if trial.fits else "no", size(memory["total"]),
                      "-" if ratio is None else f"{ratio:.2f}", *times, "<- best" if trial is chosen else ""])
     command_line.print_table(rows)
     print(f"\nbest: {layout(chosen.sets)}" if chosen else "\nnothing that was tried fits")

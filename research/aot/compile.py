@@ -105,7 +105,7 @@ def compile_for(config: Config, topology: Topology) -> Compiled:
             if "RESOURCE_EXHAUSTED" not in failure:
                 raise
     seconds = time.perf_counter() - started
-    memory = _memory(compiled, topology) if text is not None else _too_much(failure, topology)
+    memory = _memory(compiled, topology) if text is not None else _too_much(failure, topology, state_bytes(program))
     return Compiled(program, topology, slices, memory, text, seconds)
 
 
@@ -128,8 +128,9 @@ def _memory(compiled: Any, topology: Topology) -> Memory:
                   topology.chip.hbm_bytes, True)
 
 
-def _too_much(message: str, topology: Topology) -> Memory:
-    """What the compiler says of a program that is too large, a device's share of it."""
+def _too_much(message: str, topology: Topology, state: int) -> Memory:
+    """What the compiler says of a program that is too large, of one device. Its short message has the total only: `state` bytes
+    of it are then the arguments."""
 
     def told(pattern: str) -> int:
         match = re.search(pattern, message)
@@ -137,7 +138,11 @@ def _too_much(message: str, topology: Topology) -> Memory:
 
     arguments, temporaries = told(r"arguments\s+([\d.]+)([KMGT]?)"), told(r"program\s+([\d.]+)([KMGT]?)")
     total = max(told(rf"{words} \(?([\d.]+)([KMGT]?)") for words in ("Used", "usage >=", "HLO temporaries"))
-    return Memory(arguments, temporaries, max(total, arguments + temporaries), None, topology.chip.hbm_bytes, False)
+    total = max(total, arguments + temporaries)
+    if not arguments:
+        arguments = min(state * topology.chip.devices, total)
+        temporaries = total - arguments
+    return Memory(arguments, temporaries, total, None, topology.chip.hbm_bytes, False)
 
 
 def state_bytes(program: Program) -> int:

@@ -119,7 +119,7 @@ def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
 
 MESSAGES = {
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.00G) exceeds available "
-    "HBM (15.75G).": (0, 0, 16 * 2**30),
+    "HBM (15.75G).": (2**30, 15 * 2**30, 16 * 2**30),
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 42.50G of 15.75G hbm. "
     "Exceeded hbm capacity by 26.75G.\n\nTotal hbm usage >= 43.00G:\n    reserved        512.00M \n    program          2.50G"
     "\n    arguments       40.00G": (40 * 2**30, 2.5 * 2**30, 43 * 2**30),
@@ -128,7 +128,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_what_the_compiler_says_of_too_much(message):
-    memory = aot_compile._too_much(message, tpu_topology("v5e:2x2"))
+    memory = aot_compile._too_much(message, tpu_topology("v5e:2x2"), 2**30)
     assert (memory.arguments, memory.temporaries, memory.total) == MESSAGES[message]
     assert not memory.fits and memory.hbm == 16 * 2**30
 
