@@ -22,6 +22,7 @@ ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.85  # of a chip's peak, in kernels whose
 MOST_ERROR = 0.15  # of a published run by the others: beyond it nothing is shown
 MOST_UNKNOWN = 0.15  # of the cycles, in what no published run has
 MOST_COLLECTIVES = 0.25  # of the step, as a floor: the published runs hide theirs, up to 10% of the step
+LEAST_DIM = 2048  # half of the narrowest published run's: below it, what a product costs besides its FLOPs is another matter
 CALIBRATED_MIXERS = (Attention, GatedMlp, Moe)
 
 
@@ -150,6 +151,10 @@ def step_seconds(
     mixers = {type(mixer) for stage in (*config.model.stages, *config.model.encoder_stages) for mixer in stage.pattern}
     if strange := sorted(mixer.__name__ for mixer in mixers if mixer not in CALIBRATED_MIXERS):
         return None, f"no published run has {', '.join(strange)}"
+    if config.model.dim < LEAST_DIM:
+        return None, f"no published run is as narrow as model.dim={config.model.dim}"
+    if config.mesh.slices > 1:
+        return None, "no published run here is over several slices"
     if step.silent:
         return None, f"{step.silent} Pallas kernels don't say their cost"
     if step.unknown > MOST_UNKNOWN * step.seconds:

@@ -8,6 +8,7 @@ import pytest
 from configs import preset
 from research.aot import estimate, hlo
 from research.aot.estimate import Floors, Parts, Run
+from research.config import override
 from research.hardware import chip
 
 V5P = chip("v5p")
@@ -96,9 +97,15 @@ SILENT = {
     "no published run on v5e": (Parts(2.0), NOTHING, "llama3_8b", "v5e", RUNS),
     "no published run has Mamba2": (Parts(2.0), NOTHING, "mamba2_2_7b", "v5p", RUNS),
     "33% of the compiler's time": (Parts(2.0, unknown=1.0), NOTHING, "llama3_8b", "v5p", RUNS),
+    "as narrow as model.dim=32": (Parts(2.0), NOTHING, "llama_tiny", "v5p", RUNS),
     "2 Pallas kernels don't say": (Parts(2.0, silent=2), NOTHING, "llama3_8b", "v5p", RUNS),
     "collectives take more": (Parts(2.0), Floors(0.0, 0.0, 1.0), "llama3_8b", "v5p", RUNS),
 }
+
+
+def test_several_slices_are_not_shown():
+    config = override(preset("llama3_8b"), {"mesh.slices": 2})
+    assert "several slices" in estimate.step_seconds(Parts(2.0), NOTHING, config, V5P, RUNS)[1]
 
 
 @pytest.mark.parametrize("reason", SILENT)
