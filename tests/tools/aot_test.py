@@ -14,6 +14,7 @@ import sys
 import jax
 import pytest
 
+import tools  # noqa: F401  (prepares the environment before JAX starts, as the command does)
 from configs import preset
 from research.aot import compile as aot_compile
 from research.aot import report as aot_report
