@@ -217,6 +217,14 @@ def pallas(x, w):
     return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((D, D), jnp.float32), name="square")(w)
 
 
+def test_a_pallas_kernel_may_say_its_own_cost():
+    cost = pl.CostEstimate(flops=11, bytes_accessed=0, transcendentals=0)
+    said = lambda x, w: pl.pallas_call(  # noqa: E731
+        kernel, out_shape=jax.ShapeDtypeStruct((D, D), jnp.float32), name="said", cost_estimate=cost)(w)
+    assert count_flops(said, X, SQUARE) == 11
+    assert count_flops(said, X, SQUARE, pallas_flops={"said": 7.0}) == 7
+
+
 def test_pallas_kernels_count_by_name():
     assert count_flops(pallas, X, SQUARE, pallas_flops={"square": 7.0}) == 7
     by_shape = {"square": lambda w: 2 * w.shape[0] ** 3}

@@ -1,0 +1,160 @@
+"""Compiles the very step that `experiments.train` would run, for a TPU slice, on whatever machine this is.
+
+Nothing is allocated: the program is made of shapes (`training/program.py`), the compiler is libtpu's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any, Sequence
+
+import jax
+from jax.experimental import topologies
+
+from research import sharding
+from research.errors import InputError
+from research.hardware import Topology, parse_topology
+from research.schema import Config
+from research.training.flops import count_flops
+from research.training.program import Program, make_program
+
+TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a chip. `total`: arguments (the state and a batch), temporaries, and outputs without what they reuse.
+
+    temporaries are as the compiler's summary counts them, which is more than it sets aside (docs/tpu.md). `peak` is what is
+    alive at one time, arguments included; None where the compiler gave up. `fits`: its verdict, it refuses what it can't place.
+    """
+
+    arguments: int
+    temporaries: int
+    total: int
+    peak: int | None
+    hbm: int
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """`text`: the optimized HLO, None where the compiler gave up because the memory is too small."""
+
+    program: Program
+    topology: Topology
+    slices: int
+    memory: Memory
+    text: str | None
+    seconds: float
+
+    @property
+    def chips(self) -> int:
+        return self.topology.chips * self.slices
+
+
+def tpu_topology(text: str, where: str = "--topology") -> Topology:
+    """Raises InputError, naming `where`: an unknown chip, one that is no TPU, a shape that it doesn't come in."""
+    topology = parse_topology(text, where)
+    if topology.chip.name not in TPUS:
+        raise InputError(where, f"nothing is compiled for {topology.chip.name} here",
+                         f"one of {', '.join(TPUS)}, as v5p:4x4x4 or v6e-256")
+    return topology
+
+
+def devices_of(topology: Topology, slices: int = 1) -> Sequence[Any]:
+    """The devices of so many slices that aren't there.
+
+    Raises:
+      InputError: libtpu isn't installed, or knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("libtpu", "the TPU compiler is not installed", 'pip install "rung[tpu]"')
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.chips == 1:
+        more["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(topology.name, platform="tpu", **more).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("--topology", f"the compiler knows no slice {topology.name} ({reason})",
+                         "whole hosts of 4 chips, as v5e:2x2, v5p:2x2x1, v6e:16x16") from None
+
+
+def compile_for(config: Config, topology: Topology) -> Compiled:
+    """Raises InputError for a mesh, batch or row that doesn't fit the slice. Too little memory is an answer, not an error."""
+    slices = config.mesh.slices
+    program = make_program(config, devices_of(topology, slices))
+    started = time.perf_counter()
+    text, failure = None, ""
+    with _no_cache():
+        try:
+            compiled = program.compile()
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            failure = str(error)
+            if "RESOURCE_EXHAUSTED" not in failure:
+                raise
+    seconds = time.perf_counter() - started
+    memory = _memory(compiled, topology) if text is not None else _too_much(failure, topology, state_bytes(program))
+    return Compiled(program, topology, slices, memory, text, seconds)
+
+
+class _no_cache:
+    """A program compiled for a topology can't be read back from the persistent cache: JAX would try, and warn."""
+
+    def __enter__(self) -> None:
+        self.before = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def __exit__(self, *_: Any) -> None:
+        jax.config.update("jax_enable_compilation_cache", self.before)
+
+
+def _memory(compiled: Any, topology: Topology) -> Memory:
+    found, devices = compiled.memory_analysis(), topology.chip.devices
+    arguments, temporaries = devices * found.argument_size_in_bytes, devices * found.temp_size_in_bytes
+    outputs = devices * (found.output_size_in_bytes - found.alias_size_in_bytes)
+    return Memory(arguments, temporaries, arguments + temporaries + outputs, devices * found.peak_memory_in_bytes,
+                  topology.chip.hbm_bytes, True)
+
+
+def _too_much(message: str, topology: Topology, state: int) -> Memory:
+    """What the compiler says of a program that is too large, of one device. Its short message has the total only: `state` bytes
+    of it are then the arguments."""
+
+    def told(pattern: str) -> int:
+        match = re.search(pattern, message)
+        return round(float(match[1]) * _UNITS[match[2]]) * topology.chip.devices if match else 0
+
+    arguments, temporaries = told(r"arguments\s+([\d.]+)([KMGT]?)"), told(r"program\s+([\d.]+)([KMGT]?)")
+    total = max(told(rf"{words} \(?([\d.]+)([KMGT]?)") for words in ("Used", "usage >=", "HLO temporaries"))
+    total = max(total, arguments + temporaries)
+    if not arguments:
+        arguments = min(state * topology.chip.devices, total)
+        temporaries = total - arguments
+    return Memory(arguments, temporaries, total, None, topology.chip.hbm_bytes, False)
+
+
+def state_bytes(program: Program) -> int:
+    """Of the state on one device, from shapes: without the tiles that a compiler rounds up to."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(program.abstract))
+
+
+def step_flops(program: Program) -> float:
+    """Of matrix products in one step on all chips, as compiled for TPU: with what remat does again.
+
+    Raises ValueError for a Pallas kernel that says nothing of its cost.
+    """
+    with sharding.use(program.layout.mesh, program.layout.rules):
+        return count_flops(program.step, program.abstract, None, program.abstract_batch(), platform="tpu")

@@ -1,0 +1,132 @@
+"""What `tools.aot` says of a compiled step: figures, warnings, and what would help."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any, Mapping, Sequence
+
+from research.aot import estimate, hlo
+from research.aot.compile import Compiled, Memory, step_flops
+from research.aot.estimate import Interval
+from research.aot.hlo import Collective
+from research.schema import Config
+from research.training.optimizers import OPTIMIZERS
+from research.training.program import Program
+
+SHARE = 0.01  # of the bytes of a step's collectives, below which one is no matter
+NAMED = 3  # of a kind, in a warning
+
+
+def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
+    """The JSON of `tools.aot`: docs/interfaces.md. `price`: USD per chip-hour; None takes the list price."""
+    program, chip = compiled.program, compiled.topology.chip
+    mesh = dict(program.layout.mesh.shape)
+    warnings: list[str] = []
+    flops = _flops(program, warnings)
+    found, cycles, parts, floors, seconds = None, None, None, None, None
+    reason = "the step doesn't compile: it doesn't fit"
+    if compiled.text is not None:
+        parsed = hlo.parse(compiled.text)
+        found, cycles = hlo.collectives(parsed, mesh), hlo.cycles(parsed)
+        warnings += collective_warnings(found, program)
+        if compiled.memory.total > compiled.memory.hbm:
+            warnings.append("the compiler's own sum of the memory is above the chip's, and yet it placed the program: it "
+                            "counts buffers that share their place; peak says what is alive at one time")
+        dtype = program.config.model.compute_dtype
+        parts = estimate.parts(parsed, chip, dtype)
+        floors = estimate.floors(flops["step"] or flops["model"], compiled.memory.arguments, found, chip, compiled.chips, dtype)
+        seconds, reason = estimate.step_seconds(parts, floors, program.config, chip)
+    price = chip.price_per_hour if price is None else price
+    hours = seconds and _times(seconds, program.config.train.steps * compiled.chips / 3600)
+    return {
+        "config": program.config.name, "topology": compiled.topology.name, "slices": compiled.slices, "chips": compiled.chips,
+        "mesh": {axis: size for axis, size in mesh.items() if size > 1}, "memory": dict(vars(compiled.memory)), "flops": flops,
+        "collectives": None if found is None else summed(found), "estimated_cycles": cycles,
+        "parts": parts and {**vars(parts), "seconds": parts.seconds}, "floors": floors and dict(vars(floors)),
+        "step_seconds": seconds and dict(vars(seconds)), "not_shown": reason,
+        "mfu": seconds and _over(flops["model"] / compiled.chips / chip.peak(dtype), seconds),
+        "tokens_per_step": program.tokens_per_step, "steps": program.config.train.steps, "chip_hours": hours, "price": price,
+        "cost": None if hours is None or price is None else {name: value * price for name, value in hours.items()},
+        "compile_seconds": compiled.seconds, "warnings": warnings,
+        "help": [] if compiled.memory.fits else what_would_help(program.config, compiled.memory, mesh, compiled.chips)}
+
+
+def _times(interval: Interval, factor: float) -> dict[str, float]:
+    return {name: value * factor for name, value in vars(interval).items()}
+
+
+def _over(number: float, interval: Interval) -> dict[str, float]:
+    return {"value": number / interval.value, "low": number / interval.high, "high": number / interval.low}
+
+
+def _flops(program: Program, warnings: list[str]) -> dict[str, float | None]:
+    """step: as written, with what remat does again; model: the algorithm's. Of all chips."""
+    model = program.flops_per_token * program.tokens_per_step
+    try:
+        step = step_flops(program)
+    except ValueError as error:
+        warnings.append(str(error))
+        return {"step": None, "model": model, "ratio": None}
+    return {"step": step, "model": model, "ratio": step / model}
+
+
+def summed(found: Sequence[Collective]) -> list[dict[str, Any]]:
+    """By kind and axis, of one step on one device; the most bytes first."""
+    counts, total = collections.Counter(), collections.Counter()
+    for one in found:
+        counts[one.kind, one.axis] += one.times
+        total[one.kind, one.axis] += one.times * one.bytes
+    return [{"kind": kind, "count": counts[kind, axis], "bytes": size, "axis": axis}
+            for (kind, axis), size in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def collective_warnings(found: Sequence[Collective], program: Program) -> list[str]:
+    """All-gathers of activations (other than context parallelism's keys), sums in float32, sums in place of gathers."""
+    gathers = [one for one in found if one.kind == "all-gather" and one.axis != "context" and gathers_activations(one, program)]
+    least = SHARE * sum(one.times * one.bytes for one in found)
+    wide = [one for one in found if one.times * sum(hlo.size(*a) for a in one.arrays if a[0] == "f32") > least]
+    padded = [one for one in found if one.kind == "all-reduce" and one.padded and one.times * one.bytes > least]
+    size = sum(one.times * one.bytes for one in padded) / 1e9
+    instead = [f"{sum(one.times for one in padded)} all-gathers a step are written as all-reduces of zero-filled arrays, "
+               f"{size:,.1f} GB: twice the bytes; the compiler does so over all axes of a v5p torus, not over a plane of it "
+               "(docs/tpu.md)"] if padded else []
+    return [*_named("all-gather of activations", gathers), *_named("float32 collective", wide), *instead]
+
+
+def gathers_activations(one: Collective, program: Program) -> bool:
+    """Is what it gathers as large as a device's rows, and no weight's size, nor what a mesh axis leaves of one?"""
+    config, devices = program.config, math.prod(program.layout.mesh.shape.values())
+    rows = config.train.batch_size // config.train.microbatches * config.data.seq_len * config.model.dim / devices
+    weights = {weight.size // (weight.shape[weight.axes.index("layers")] if "layers" in weight.axes else 1)
+               for weight in program.model.weights.values()}
+    sizes = [math.prod(shape) for _, shape in one.arrays]
+    parts = {size // part for size in weights for part in range(1, devices + 1) if devices % part == 0}
+    return any(size >= rows / 2 and size not in parts for size in sizes)
+
+
+def _named(what: str, found: Sequence[Collective]) -> list[str]:
+    found = sorted(found, key=lambda one: -one.times * one.bytes)
+    lines = [f"{what}: {one.kind} over {one.axis} of {', '.join(f'{d}{list(s)}' for d, s in one.arrays[:2])}, {one.times} a "
+             f"step, {one.times * one.bytes / 1e6:,.1f} MB ({one.op_name or 'no name'})" for one in found[:NAMED]]
+    return lines + ([f"{what}: and {len(found) - NAMED} smaller ones"] if len(found) > NAMED else [])
+
+
+def what_would_help(config: Config, memory: Memory, mesh: Mapping[str, int], chips: int) -> list[str]:
+    """Changes that take the most off, for a step that doesn't fit; none of them is compiled here."""
+    rows = config.train.batch_size // config.train.microbatches
+    shards = math.prod(size for axis, size in mesh.items() if axis in ("data", "fsdp", "expert"))
+    found = []
+    if memory.arguments > memory.hbm / 4:
+        if config.mesh.rules == "dp":
+            found.append("mesh.rules=fsdp splits weights and optimizer state over the chips")
+        found.append(f"at least {math.ceil(chips * memory.total / memory.hbm)} chips, if all of it were split evenly")
+        if OPTIMIZERS["adafactor"] is not OPTIMIZERS[config.optim.name]:
+            found.append("optim.name=adafactor with optim.b1=0 keeps next to no optimizer state")
+    if config.model.remat != "full":
+        found.append("model.remat=full keeps one activation a layer")
+    if rows > shards:
+        found.append(f"train.microbatches={config.train.microbatches * 2} halves the activations alive at one time")
+    elif mesh["context"] == 1:
+        found.append("mesh.rules=cp with mesh.context=2 splits rows that are one a chip already")
+    return found

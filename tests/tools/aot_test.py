@@ -1,0 +1,203 @@
+"""tools.aot on three small sharded layouts, held to golden files by jax's minor version; and what it refuses.
+
+A change that adds an all-gather, or doubles the temporaries, shows here. After a change that is meant, or for another version:
+`python -m tests.tools.aot_test` writes what the installed versions give into tests/tools/golden/.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import tools  # noqa: F401  (prepares the environment before JAX starts, as the command does)
+from configs import preset
+from research.aot import compile as aot_compile
+from research.aot import report as aot_report
+from research.aot import search as aot_search
+from research.aot.compile import Memory, compile_for, tpu_topology
+from research.aot.hlo import Collective
+from research.config import override
+from research.errors import InputError
+from research.training.program import make_program
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+MINOR = ".".join(jax.__version__.split(".")[:2])
+TOLERANCE = 0.02  # of bytes: between two builds of one compiler
+SETS = {"model.compute_dtype": "bfloat16", "model.remat": "full", "train.batch_size": 8}
+CASES = {
+    "fsdp": ("llama_tiny", {"mesh.rules": "fsdp"}),
+    "tensor": ("llama_tiny", {"mesh.rules": "fsdp_tp", "mesh.tensor": 2}),
+    "expert": ("mixtral_tiny", {"mesh.rules": "ep", "mesh.expert": 2}),
+}
+INSTALLED = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not INSTALLED, reason="the extra tpu is not installed")
+
+
+def configured(name: str):
+    base, sets = CASES[name]
+    return override(preset(base), SETS | sets)
+
+
+def command(*words: str) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "tools.aot", *words], capture_output=True, text=True, cwd=REPOSITORY,
+                          env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=200)
+    return done.returncode, done.stdout, done.stderr
+
+
+def answer_of(name: str) -> dict:
+    return aot_report.report(compile_for(configured(name), tpu_topology("v5e:2x2")))
+
+
+def pinned(answer: dict) -> dict:
+    return {"memory": {part: answer["memory"][part] for part in ("arguments", "temporaries", "total", "peak")},
+            "collectives": answer["collectives"]}
+
+
+def check(answer: dict, name: str) -> None:
+    golden = json.loads((GOLDEN / f"aot-{name}.json").read_text())
+    assert answer["memory"]["fits"] and answer["estimated_cycles"] > 0
+    assert answer["flops"]["ratio"] == pytest.approx(answer["flops"]["step"] / answer["flops"]["model"])
+    if MINOR in golden:
+        found = pinned(answer)
+        assert found["collectives"] == golden[MINOR]["collectives"]
+        assert found["memory"] == pytest.approx(golden[MINOR]["memory"], rel=TOLERANCE)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["tensor", "expert"])
+def test_golden(name):
+    answer = answer_of(name)
+    check(answer, name)
+    if name == "expert":
+        assert any(one["kind"] == "ragged-all-to-all" and one["axis"] == "expert" for one in answer["collectives"])
+
+
+@needs_libtpu
+def test_golden_by_the_command():
+    base, sets = CASES["fsdp"]
+    words = [f"--set={name}={value}" for name, value in (SETS | sets).items()]
+    code, out, err = command(f"--config={base}", "--topology=v5e:2x2", "--json", *words)
+    assert code == 0, err
+    answer = json.loads(out)
+    check(answer, "fsdp")
+    assert {one["axis"] for one in answer["collectives"]} == {"fsdp"} and answer["mesh"] == {"fsdp": 4}
+    assert set(answer["memory"]) == {"arguments", "temporaries", "total", "peak", "hbm", "fits"}
+    assert answer["step_seconds"] is None and answer["mfu"] is None and answer["not_shown"]
+    assert answer["compile_seconds"] > 0 and "compiling llama_tiny" in err
+
+
+def test_the_commands_refusals():
+    code, _, err = command("--config=llama_tiny", "--topology=v9:2x2")
+    assert code == 2 and err.count("\n") == 1 and "unknown chip 'v9'" in err and "v5p" in err
+
+
+@pytest.mark.parametrize("text, words", [("v9:2x2", "unknown chip"), ("h100-8", "nothing is compiled for h100"),
+                                         ("v5p:4x4", "isn't a shape of 3 axes"), ("v5e-7", "no usual slice")])
+def test_unknown_topologies(text, words):
+    with pytest.raises(InputError, match=words):
+        tpu_topology(text)
+
+
+@needs_libtpu
+def test_slices_that_the_compiler_does_not_know_and_meshes_that_do_not_fit():
+    with pytest.raises(InputError, match="knows no slice v5e:3x3"):
+        aot_compile.devices_of(tpu_topology("v5e:3x3"))
+    with pytest.raises(InputError, match="do not multiply to the 4 devices"):
+        compile_for(override(configured("fsdp"), {"mesh.fsdp": 3}), tpu_topology("v5e:2x2"))
+
+
+def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(aot_compile.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'pip install "rung\[tpu\]"'):
+        aot_compile.devices_of(tpu_topology("v5e:2x2"))
+
+
+MESSAGES = {
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.00G) exceeds available "
+    "HBM (15.75G).": (2**30, 15 * 2**30, 16 * 2**30),
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 42.50G of 15.75G hbm. "
+    "Exceeded hbm capacity by 26.75G.\n\nTotal hbm usage >= 43.00G:\n    reserved        512.00M \n    program          2.50G"
+    "\n    arguments       40.00G": (40 * 2**30, 2.5 * 2**30, 43 * 2**30),
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_what_the_compiler_says_of_too_much(message):
+    memory = aot_compile._too_much(message, tpu_topology("v5e:2x2"), 2**30)
+    assert (memory.arguments, memory.temporaries, memory.total) == MESSAGES[message]
+    assert not memory.fits and memory.hbm == 16 * 2**30
+
+
+def test_what_would_help():
+    config = override(preset("llama3_8b"), {"mesh.rules": "dp", "train.batch_size": 64, "model.remat": "none"})
+    memory = Memory(96 * 2**30, 30 * 2**30, 126 * 2**30, None, 16 * 2**30, False)
+    text = " ".join(aot_report.what_would_help(config, memory, {"data": 4, "context": 1}, 4))
+    for words in ("mesh.rules=fsdp", "at least 32 chips", "optim.name=adafactor", "model.remat=full", "train.microbatches=2"):
+        assert words in text
+    config = override(config, {"train.batch_size": 4, "mesh.rules": "fsdp", "model.remat": "full"})
+    assert "mesh.rules=cp" in aot_report.what_would_help(config, memory, {"fsdp": 4, "context": 1}, 4)[-1]
+
+
+def test_warnings_name_gathered_activations_and_wide_sums(devices):
+    config = override(preset("llama_tiny"), {"mesh.rules": "fsdp", "train.batch_size": 64, "data.seq_len": 256})
+    program = make_program(config, devices)
+    rows = 64 * 256 * 32
+    gather = Collective("all-gather", "fsdp", 2, 4 * rows, 4, (("f32", (64, 256, 32)),), "jit(step)/x")
+    weight = Collective("all-gather", "fsdp", 2, 2 * 32 * 88, 4, (("bf16", (32, 88)),), "jit(step)/w")
+    small = Collective("all-reduce", "fsdp", 1, 4, 4, (("f32", ()),), "jit(step)/norm")
+    found = aot_report.collective_warnings([gather, weight, small], program)
+    assert [line.split(":")[0] for line in found] == ["all-gather of activations", "float32 collective"]
+    assert "jit(step)/x" in found[0]
+
+
+@needs_libtpu
+def test_a_search_compiles_nothing_that_its_shapes_rule_out(monkeypatch):
+    monkeypatch.setattr(aot_search, "compile_for", None)
+    sets = next(aot_search.layouts(preset("llama3_8b"), tpu_topology("v5e:2x2")))
+    trial = aot_search._compile(preset("llama3_8b"), tpu_topology("v5e:2x2"), sets)
+    assert not trial.fits and trial.problem.startswith("needs 24 GB a chip for the state")
+    trial = aot_search._compile(preset("llama3_8b"), tpu_topology("v5e:2x2"), sets | {"mesh.tensor": 3})
+    assert not trial.fits and "do not multiply" in trial.problem
+
+
+def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path, monkeypatch):
+    compiled = []
+
+    def fake(config, topology, sets):
+        compiled.append(sets)
+        fits = sets["model.remat"] == "full" or sets["train.microbatches"] > 1
+        seconds = {"none": 3.0, "dots": 3.5, "full": 4.0}[sets["model.remat"]] + 0.1 * sets["train.microbatches"]
+        floors = {"collectives": None}
+        return aot_search.Trial(sets, {"memory": {"fits": fits}, "parts": {"seconds": seconds}, "floors": floors})
+
+    monkeypatch.setattr(aot_search, "_compile", fake)
+    path, topology = str(tmp_path / "trials.jsonl"), tpu_topology("v5e:2x2")
+    config = configured("fsdp")
+    first, left = aot_search.search(config, topology, 0.0, path)
+    assert len(first) == len(compiled) == 1 and left > 0
+    trials, left = aot_search.search(config, topology, 60.0, path)
+    assert left == 0 and trials[0] == first[0] and len(trials) == len(compiled)  # nothing twice
+    chosen = aot_search.best(trials)
+    assert (chosen.sets["model.remat"], chosen.sets["train.microbatches"]) == ("none", 2)
+    meshes = [trial.sets for trial in trials if trial.sets["mesh.rules"] == "fsdp" and not trial.sets["mesh.data"]]
+    assert [(s["model.remat"], s["train.microbatches"]) for s in meshes] == [("none", 1), ("none", 2), ("dots", 1), ("full", 1)]
+    other, _ = aot_search.search(override(config, {"seed": 1}), topology, 0.0, path)
+    assert len(other) == 1  # another config's trials are not taken
+    with open(path, "a") as file:
+        file.write('{"sets": 1}\n')
+    with pytest.raises(InputError, match="something else than trials"):
+        aot_search.search(config, topology, 0.0, path)
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for case in CASES:
+        file = GOLDEN / f"aot-{case}.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(known | {MINOR: pinned(answer_of(case))}, indent=1, sort_keys=True) + "\n")
