@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention as module
