@@ -291,10 +291,15 @@ class Gang:
         self._ending.set()
         logging.error("%s; process %d (%s) ends with %d", verdict.text, self._process, self._host, verdict.code)
         if self._process == 0:
+            # The client may be locked for good: a fatal error of the coordinator's is reported with its lock held.
+            watchdog = threading.Timer(5 * self._every, self._exit, [verdict.code])
+            watchdog.daemon = True
+            watchdog.start()
             self._note(verdict.text)
             self._verdict = verdict
             self._publish(distributed.global_state.client, self._heard[0][0])
             time.sleep(2.5 * self._every)  # for the others to read it: with this process the coordinator goes
+            watchdog.cancel()
         self._exit(verdict.code)
 
     def _witness(self, verdict: Verdict) -> None:

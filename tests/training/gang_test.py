@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -163,6 +164,26 @@ def test_an_abort_is_75_only_where_a_process_is_lost(tmp_path, monkeypatch):
     member._left = 3
     with pytest.raises(SystemExit, match="3"):
         member._aborting(signal.SIGABRT)
+
+
+def test_a_coordinator_that_answers_no_more_keeps_nobody(tmp_path, monkeypatch):
+    """Seen where the coordinator's own abort and the judge ended process 0 together: publishing the verdict never returned."""
+    left, codes = threading.Event(), []
+
+    class Locked(Store):
+        def key_value_set(self, key, value, allow_overwrite=False):
+            left.wait(20)
+
+    def leave(member: Gang, code: int) -> None:
+        codes.append(code)
+        left.set()
+
+    monkeypatch.setattr(Gang, "_exit", leave)
+    monkeypatch.setattr(gang.distributed.global_state, "client", Locked())
+    member = Gang(Clock(), epath.Path(tmp_path), 0.05)
+    member._process, member._prefix, member._heard = 0, "gang", {0: (Beat(0, "a"), 0.0)}
+    member._end(gang.Verdict("process 1 (b) is lost"))
+    assert codes[0] == EXIT_INTERRUPTED and left.is_set()
 
 
 def test_a_failed_collective_names_who_was_lost_in_a_phase_that_is_given_more_time(tmp_path, monkeypatch):
