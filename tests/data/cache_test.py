@@ -46,7 +46,7 @@ def test_cache_holds_every_document_of_its_split(source, tmp_path, monkeypatch, 
     monkeypatch.setattr(cache_module, "_BATCH_CHARACTERS", batch_characters)
     caches = token_cache(source, BytesTokenizer(), HOLDOUT, str(tmp_path / "cache"), quiet=True)
     check(caches, source)
-    assert caches["train"].tokens_T.dtype == np.uint16 and isinstance(caches["train"].tokens_T, np.memmap)
+    assert caches["train"].tokens_T.dtype == np.uint16 and isinstance(caches["train"].tokens_T.base, np.memmap)
 
 
 def test_large_vocabularies_have_wide_ids(source, tmp_path):
