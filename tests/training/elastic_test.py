@@ -38,17 +38,20 @@ class Recorded:
     def launch(self, devices: int, rules: str, until: int = 0) -> None:
         put = loop.put_batch
 
-        def recording(batch, sharding):
+        def recording(_step, _sample, batch):
             self.tokens.append(np.array(batch["tokens_BxL"]))
+            return batch
+
+        def placing(batch, sharding):
             assert len(sharding.device_set) == devices
             return put(batch, sharding)
 
         with self._patch.context() as patch:
-            patch.setattr(loop, "put_batch", recording)
+            patch.setattr(loop, "put_batch", placing)
             patch.setattr(loop, "make_program", lambda config: make_program(config, jax.devices()[:devices]))
             patch.setattr(StopRequests, "asked", lambda _self, _: "the test" if len(self.tokens) == until else None)
             config = override(self._config, {"mesh.rules": rules})
-            launch = Launch(str(self.workdir), preset("debug"), quiet=True)
+            launch = Launch(str(self.workdir), preset("debug"), quiet=True, fault=recording)
             if until:
                 with pytest.raises(Interrupted):
                     run(config, launch)
@@ -75,17 +78,17 @@ def test_devices_and_layouts_change(devices, tmp_path, monkeypatch):
 
 
 RECORDING = """
-import json, os, runpy, sys, zlib
+import dataclasses, json, os, runpy, sys, zlib
 import research.environment
 research.environment.prepare()
 from research.training import loop, preemption
-steps, place, put = int(sys.argv[1]), sys.argv[2], loop.put_batch
-def recording(batch, sharding):
+steps, place, run = int(sys.argv[1]), sys.argv[2], loop.run
+def recording(step, sample, batch):
     rows = batch["tokens_BxL"].reshape(-1, batch["tokens_BxL"].shape[-1])
     with open(place, "a") as file:
         file.write(json.dumps([zlib.crc32(row.tobytes()) for row in rows]) + "\\n")
-    return put(batch, sharding)
-loop.put_batch = recording
+    return batch
+loop.run = lambda config, launch: run(config, dataclasses.replace(launch, fault=recording))
 preemption.StopRequests.asked = lambda self, dispatched: "the test" if dispatched == steps else None
 sys.argv = ["experiments.train", *sys.argv[3:]]
 runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
