@@ -126,8 +126,8 @@ def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, blo
         """index: of the block, from b, n (of N key heads) and j."""
         return pl.BlockSpec(shape, lambda b, n, t, visits: index(b, n, flash.place(visits[b * blocks + t], blocks)[1]))
 
-    by_rows = lambda width: spec((None, N, M, width), lambda b, n, j: (b, n, 0, 0))  # noqa: E731
-    by_keys = lambda width: spec((None, block, N * width), lambda b, n, j: (b, j, n))  # noqa: E731
+    by_rows = lambda width: spec((None, N, M, width), lambda b, n, j: (b, n, 0, 0))
+    by_keys = lambda width: spec((None, block, N * width), lambda b, n, j: (b, j, n))
     y_BxGxMxV, lse_BxGxMx1 = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, slots=S, alibi=alibi, rule=rule),
         out_shape=[flash.like(q_BxLxHxK, (B, G, M, V), q_BxLxHxK.dtype), flash.like(q_BxLxHxK, (B, G, M, 1), jnp.float32)],

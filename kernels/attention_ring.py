@@ -47,7 +47,7 @@ def forward(q, k, v, slopes, context: Context, rule: Rule, *, attend: Callable, 
         k, v, own = _meet(context, keys)
         part_BxLxHxV, part_lse_BxHxL = attend(q, k, v, slopes, own, rule)
         total_BxHxL = jnp.logaddexp(lse_BxHxL, part_lse_BxHxL)
-        share = lambda lse: jnp.swapaxes(jnp.exp(lse - total_BxHxL), 1, 2)[..., None]  # noqa: E731
+        share = lambda lse: jnp.swapaxes(jnp.exp(lse - total_BxHxL), 1, 2)[..., None]
         y_BxLxHxV = y_BxLxHxV * share(lse_BxHxL) + part_BxLxHxV * share(part_lse_BxHxL)
         return (_pass_on(keys, axis_name), y_BxLxHxV, total_BxHxL), None
 

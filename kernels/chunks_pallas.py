@@ -56,7 +56,7 @@ def _block(shape: tuple[int, ...], kind: str, grid: tuple[int, int, int], back: 
     """Of program p in chunk m. wide: (B, M, Q, lanes of all programs); lanes: (B or 1, N, lanes of all programs); chunk:
     (B, M, P or a divisor, ...); row: (B, P, ...). What isn't named is whole in a block."""
     _, P, M = grid
-    at = lambda m: M - 1 - m if back else m  # noqa: E731
+    at = lambda m: M - 1 - m if back else m
     if kind == "wide":
         return pl.BlockSpec((None, None, shape[2], shape[3] // P), lambda b, p, m: (b, at(m), 0, p))
     if kind == "lanes":
@@ -92,7 +92,7 @@ def _lanes(ref, kind: str, r: int, R: int) -> tuple[slice, slice]:
 def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[Arrays, jax.Array, jax.Array | None]:
     """(y_BxMxQxPRV in the first token array's dtype, state_BxPxRx.. after the row, starts_BxMxPxRx.. or None)."""
     (B, M, Q), (P, R), dtype, kinds = tokens[0].shape[:3], state.shape[1:3], tokens[0].dtype, [_kind(x) for x in tokens]
-    wide = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    wide = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     one = [wide((Q, x.shape[3] // (P * R)) if x.ndim == 4 else (1, Q)) for x in tokens]
     now, ids = [wide(x.shape[3:]) for x in shared], [jax.ShapeDtypeStruct(x.shape[3:], x.dtype) for x in fixed]
     common = jax.eval_shape(functools.partial(kernel.common, dtype), now, ids)
@@ -168,7 +168,7 @@ def _scan_backward(kernel, saved, cotangents):
         common, pull_common = jax.vjp(lambda shared: kernel.common(dtype, shared, fixed), shared)
         sums = jax.tree.map(jnp.zeros_like, (shared, common))
         for r in range(R):
-            head = lambda *one: kernel.head(dtype, *one[:3], fixed, one[3])  # noqa: E731
+            head = lambda *one: kernel.head(dtype, *one[:3], fixed, one[3])
             own = [x[_lanes(x, kind, r, R)].astype(jnp.float32) for x, kind in zip(tokens, kinds)]
             _, pull = jax.vjp(head, own, shared, common, starts[r])
             grads, *more, carried[r] = pull((dy[_lanes(dy, "wide", r, R)].astype(jnp.float32), carried[r]))
@@ -228,7 +228,7 @@ def log_decays(log_BxLxH: jax.Array, documents_BxMxQ: jax.Array) -> jax.Array:
     log_BxMxQxH = split(log_BxLxH, documents_BxMxQ.shape[2])
     keep_BxMxQ = jnp.pad(documents_BxMxQ[..., 1:] == documents_BxMxQ[..., :-1], ((0, 0), (0, 0), (1, 0)))
     keep_BxMxQxH = jnp.broadcast_to(keep_BxMxQ[..., None].astype(jnp.float32), log_BxMxQxH.shape)
-    add = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])  # noqa: E731
+    add = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
     return jax.lax.associative_scan(add, (keep_BxMxQxH, log_BxMxQxH), axis=2)[1]
 
 

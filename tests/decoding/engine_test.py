@@ -76,7 +76,7 @@ def test_sampling_is_decided_by_the_seed():
 
 def test_filters_keep_what_they_say():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]))
-    kept = lambda sampling: np.isfinite(np.asarray(filtered(logits, sampling))).tolist()  # noqa: E731
+    kept = lambda sampling: np.isfinite(np.asarray(filtered(logits, sampling))).tolist()
     assert kept(Sampling(top_k=2)) == [[True, True, False, False], [False, False, True, True]]
     assert kept(Sampling(top_p=0.6)) == [[True, True, False, False], [False, False, True, True]]
     assert kept(Sampling(top_p=1e-6)) == [[True, False, False, False], [False, False, False, True]]

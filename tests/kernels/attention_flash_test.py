@@ -24,7 +24,7 @@ def test_none_is_chunked_off_a_tpu():
     """The flash kernels are in the program until it is lowered."""
     for name in ("gqa", "decode"):
         arrays, rest = arguments(CASES[name])
-        program = jax.jit(lambda a: run(a, rest, None))  # noqa: B023
+        program = jax.jit(lambda a: run(a, rest, None))
         assert "pallas_call" in str(program.trace(arrays).jaxpr)
         assert "custom_call_target=\"tpu" not in program.lower(arrays).compile().as_text()
         np.testing.assert_allclose(program(arrays), run(arrays, rest, "reference"), rtol=1e-5, atol=1e-6)

@@ -99,7 +99,7 @@ def arguments(case: Case) -> tuple[dict[str, np.ndarray], dict]:
     }
     if case.alibi:
         arrays["alibi_slopes_H"] = 0.5 ** np.arange(1, case.heads + 1)
-    as_ids = lambda rows: np.array([[int(c) for c in row] for row in rows], np.int32)  # noqa: E731
+    as_ids = lambda rows: np.array([[int(c) for c in row] for row in rows], np.int32)
     rest = dict(
         q_positions_BxL=positions(case.q_segments) + np.int32(case.q_from),
         k_positions_BxS=positions(case.keys),

@@ -2,20 +2,15 @@
 
 import itertools
 import math
-import os
 import re
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # pytest's other worker may be compiling, too
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
-
-from kernels.attention import attention  # noqa: E402
+from kernels.attention import attention
 
 pytest.importorskip("libtpu", reason="the extra tpu is not installed")
 
@@ -34,7 +29,7 @@ def compiled(chip: str, width: int, dtype, *, queries=1024, keys=None, heads=4, 
              alibi=False, **static):
     """A training step's attention (or without `gradient`, a forward pass) for one chip; nothing names an implementation."""
     device = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[0]
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
     keys = keys or queries
     arrays = {"q": array(dtype, 2, queries, heads, width), "k": array(dtype, 2, keys, groups, width),
               "v": array(dtype, 2, keys, groups, value_width or width)}

@@ -131,7 +131,7 @@ def test_matches_the_oracle(name, implementation):
 def test_forward_alone_gives_the_same(name, implementation):
     """The path of evaluation is other code than the one that is differentiated."""
     arrays, targets, weights = arguments(CASES[name])
-    fn = lambda a: run(a, targets, weights, CASES[name], implementation)  # noqa: E731
+    fn = lambda a: run(a, targets, weights, CASES[name], implementation)
     results, _ = values_and_gradients(fn, arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jax.jit(fn)(arrays), results)
 
@@ -171,7 +171,7 @@ def test_float32_parameters_get_float32_gradients(implementation):
     L, D, V = 256, 4, 3
     hidden = jnp.ones((1, L, D), jnp.bfloat16)
     unembedding = jnp.zeros((D, V), jnp.float32)
-    fn = lambda w: cross_entropy(  # noqa: E731
+    fn = lambda w: cross_entropy(
         hidden, w, jnp.zeros((1, L), jnp.int32), jnp.ones((1, L)), chunk=1, implementation=implementation
     )[0]
     gradient = jax.grad(fn)(unembedding)
@@ -220,7 +220,7 @@ def equations(jaxpr) -> list:
 def program(implementation: str, differentiate: bool, length: int = 60) -> list:
     case = Case(rows=3, length=length, dim=2, vocab=50, chunk=4, softcap=5.0, z_loss=0.1)
     arrays, targets, weights = arguments(case)
-    fn = lambda a: run(a, targets, weights, case, implementation)[0]  # noqa: E731
+    fn = lambda a: run(a, targets, weights, case, implementation)[0]
     return equations(jax.make_jaxpr(jax.grad(fn) if differentiate else fn)(arrays).jaxpr)
 
 

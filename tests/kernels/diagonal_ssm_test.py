@@ -46,7 +46,7 @@ def oracle(x: dict, where: dict, kind: str) -> tuple[jax.Array, jax.Array]:
             h_CxMxN = a[:, None] * h_CxMxN + token["u"][..., None]
             return h_CxMxN, jnp.sum(c[:, None] * h_CxMxN, axis=-1).real
     else:
-        both = lambda name: jnp.concatenate([complex_of(x, name), complex_of(x, name).conj()], axis=-1)  # noqa: E731
+        both = lambda name: jnp.concatenate([complex_of(x, name), complex_of(x, name).conj()], axis=-1)
         p, eye = both("p"), jnp.eye(2 * MODES)
         a = jax.vmap(jnp.diag)(both("rate")) - p[:, :, None] * p[:, None, :].conj()
         half = x["dt"][:, None, None] / 2
@@ -127,7 +127,7 @@ def test_long_convolution(kind, rows):
 def test_what_is_gone_at_once_has_finite_gradients():
     """A decay of exactly 0 has no logarithm."""
     zero, one = jnp.zeros((1, 2)), jnp.ones((1, 2))
-    response = lambda a, b: diagonal.impulse_response((a, b), (one, one), 5)  # noqa: E731
+    response = lambda a, b: diagonal.impulse_response((a, b), (one, one), 5)
     np.testing.assert_allclose(response(zero, zero), [[2, 0, 0, 0, 0]], atol=1e-12)
     gradients = jax.grad(lambda a, b: jnp.sum(response(a, b)), argnums=(0, 1))(zero, zero)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients)

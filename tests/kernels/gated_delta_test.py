@@ -38,7 +38,7 @@ def document(tokens: dict, weights: dict, state: dict | None) -> tuple[np.ndarra
 def make(layout=MANY, write=True, continues=False, heads=HEADS, key=KEY, value=VALUE) -> Problem:
     random = np.random.default_rng(0)
     B, L = layout.segment_ids_BxL.shape
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     tokens = {
         "q": random.normal(size=(B, L, heads, key)),
         "k": unit(random.normal(size=(B, L, heads, key))),
@@ -48,7 +48,7 @@ def make(layout=MANY, write=True, continues=False, heads=HEADS, key=KEY, value=V
     if write:
         tokens["write"] = 1.5 * random.uniform(size=(B, L, heads))
     state = {"S": random.normal(size=(B, heads, key, value))}
-    to32 = lambda tree: {name: x.astype(np.float32) for name, x in tree.items()}  # noqa: E731
+    to32 = lambda tree: {name: x.astype(np.float32) for name, x in tree.items()}
     return Problem(to32(tokens), {}, to32(state), layout, continues)
 
 

@@ -70,7 +70,7 @@ def check(
     """kernel(tokens, weights, state, positions_BxL, segment_ids_BxL) -> (y, state); its values are the oracle's, and its
     gradients have the oracle's slopes (central differences in float64) along random directions."""
     random = np.random.default_rng(1)
-    double = lambda tree: {name: x.astype(np.float64) for name, x in tree.items()}  # noqa: E731
+    double = lambda tree: {name: x.astype(np.float64) for name, x in tree.items()}
     exact = replace(problem, tokens=double(problem.tokens), weights=double(problem.weights), state=double(problem.state))
     y, state = oracle(document, exact)
     valid = problem.layout.segment_ids_BxL != 0

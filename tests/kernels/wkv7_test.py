@@ -39,7 +39,7 @@ def make(layout: Layout = MANY, continues=False, heads=2, key=3, value=5) -> Pro
     tokens["key"] /= np.linalg.norm(tokens["key"], axis=-1, keepdims=True)
     tokens["removal"] = tokens["key"] * random.uniform(size=tokens["key"].shape)
     tokens["log_decay"] = -0.61 * random.uniform(size=tokens["key"].shape)
-    to32 = lambda tree: {name: x.astype(np.float32) for name, x in tree.items()}  # noqa: E731
+    to32 = lambda tree: {name: x.astype(np.float32) for name, x in tree.items()}
     return Problem(to32(tokens), {}, to32({"S": random.normal(size=(B, heads, key, value))}), layout, continues)
 
 

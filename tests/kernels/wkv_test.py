@@ -40,7 +40,7 @@ def make(layout: Layout = MANY, continues: bool = False, size: float = 1.0) -> P
     weights = {"decay": np.array([0.01, 0.5, 3.0]), "bonus": random.normal(size=N)}
     state = {"numerator": random.normal(size=(B, N)), "denominator": 1 + random.uniform(size=(B, N)),
              "exponent": random.normal(size=(B, N))}  # fmt: skip
-    to32 = lambda tree: {name: x.astype(np.float32) for name, x in tree.items()}  # noqa: E731
+    to32 = lambda tree: {name: x.astype(np.float32) for name, x in tree.items()}
     return Problem(to32(tokens), to32(weights), to32(state), layout, continues)
 
 

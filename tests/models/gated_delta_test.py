@@ -12,7 +12,7 @@ from tests.models.cases import CASES, DIM
 from tests.models.harness import QUICK, apply, make_params, random
 from tests.models.oracles import check_mixer, sigmoid
 
-silu = lambda x: x * sigmoid(x)  # noqa: E731
+silu = lambda x: x * sigmoid(x)
 
 
 def document(tokens: dict, p: dict, state: None) -> tuple[np.ndarray, dict]:
@@ -25,7 +25,7 @@ def document(tokens: dict, p: dict, state: None) -> tuple[np.ndarray, dict]:
         before = np.concatenate([np.zeros_like(z[: 1].repeat(taps - 1, axis=0)), z])
         return silu(sum(before[w : w + len(x)] * p[f"{name}_conv"][w] for w in range(taps)))
 
-    unit = lambda z: z / np.sqrt((z**2).sum(axis=-1, keepdims=True) + 1e-6)  # noqa: E731
+    unit = lambda z: z / np.sqrt((z**2).sum(axis=-1, keepdims=True) + 1e-6)
     q, k, v = unit(short("query")), unit(short("key")), short("value")
     q = q / np.sqrt(q.shape[-1])
     a = np.exp(-np.exp(p["a_log"]) * np.log1p(np.exp(x @ p["decay"] + p["dt_bias"])))
@@ -58,7 +58,7 @@ def test_transformers_layer():
     layer = module.Qwen3NextGatedDeltaNet(config, 0).eval()
     params = make_params(cfg)
     p = {name: np.asarray(x) for name, x in params.items()}
-    pairs = lambda x: x.reshape(DIM, 2, -1)  # noqa: E731  value heads 0, 1 belong to key head 0
+    pairs = lambda x: x.reshape(DIM, 2, -1)  # value heads 0, 1 belong to key head 0
     fused = [p["query"], p["key"], pairs(p["value"]), pairs(p["gate"])]
     convolutions = [p[f"{name}_conv"].reshape(4, -1) for name in ("query", "key", "value")]
     tensors = {

@@ -66,7 +66,7 @@ def test_mamba2_is_that_of_transformers(groups):
         hidden_size=DIM, state_size=3, num_hidden_layers=1, vocab_size=8, num_heads=4, head_dim=8, n_groups=groups,
         chunk_size=4, layer_norm_epsilon=cfg.norm_eps)  # fmt: skip
     p = {name: np.asarray(value) for name, value in make_params(cfg).items()}
-    rows = lambda name: p[name].reshape(DIM, -1).T  # noqa: E731
+    rows = lambda name: p[name].reshape(DIM, -1).T
     parts = ("input", "b", "c")
     weights = {
         "A_log": p["a_log"], "D": p["skip"], "dt_bias": p["dt_bias"], "norm.weight": p["norm"].reshape(-1),

@@ -21,7 +21,7 @@ def document(tokens: dict, p: dict, state: None) -> tuple[np.ndarray, dict]:
     taps = len(p["conv"])
     before = np.concatenate([np.zeros((taps - 1, *z.shape[1:])), z])
     u = sum(before[w : w + len(x)] * p["conv"][w] for w in range(taps)) + p["conv_bias"]
-    blocks = lambda name: sigmoid(np.einsum("lhi,hij->lhj", u, p[name]) + p[f"{name}_bias"])  # noqa: E731
+    blocks = lambda name: sigmoid(np.einsum("lhi,hij->lhj", u, p[name]) + p[f"{name}_bias"])
     r, i = blocks("recurrence_gate"), blocks("input_gate")
     a = np.exp(-8 * np.log1p(np.exp(p["lambda"])) * r)
     h = np.zeros_like(u)

@@ -37,7 +37,7 @@ def theirs():
 
 def ours(tensors: dict) -> dict:
     """Our parameters from their tensors: linear weights transposed, layers stacked."""
-    layer = lambda name, of=lambda x: x: np.stack(  # noqa: E731
+    layer = lambda name, of=lambda x: x: np.stack(
         [of(tensors[f"rwkv.blocks.{i}.{name}"]) for i in range(LAYERS)])
     flat = {
         "embedding/table": tensors["rwkv.embeddings.weight"],

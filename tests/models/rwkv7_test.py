@@ -19,10 +19,10 @@ def time_mix(tokens: dict, p: dict, state: None) -> tuple[np.ndarray, dict]:
     """Layer 1 of the model, whose first layer's value is what the harness says."""
     x = tokens["x"]
     (L, D), (H, K) = x.shape, p["w0"].shape
-    heads = lambda name, z: (z @ p[name].reshape(-1, D)).reshape(L, H, K)  # noqa: E731
+    heads = lambda name, z: (z @ p[name].reshape(-1, D)).reshape(L, H, K)
     mixed = {name: x + (shifted(x) - x) * p[f"x_{name}"] for name in "rwkvag"}
-    low_rank = lambda name, f: heads(f"{name}2", f(mixed[name] @ p[f"{name}1"]))  # noqa: E731
-    same = lambda z: z  # noqa: E731
+    low_rank = lambda name, f: heads(f"{name}2", f(mixed[name] @ p[f"{name}1"]))
+    same = lambda z: z
     r, k, v = heads("receptance", mixed["r"]), heads("key", mixed["k"]), heads("value", mixed["v"])
     soft_clamped = -np.log1p(np.exp(-(p["w0"] + low_rank("w", np.tanh)))) - 0.5
     w = np.exp(-np.exp(soft_clamped))

@@ -44,7 +44,7 @@ def test_packed_rows_and_states_use_no_fft(cfg):
     ctx = one_document(1, 8)
     state = mixers.row(cfg).module.init_state(cfg, 1, DIM, 8, jnp.float32)
     has_fft = lambda ctx, state: "fft" in str(jax.make_jaxpr(functools.partial(apply, cfg))(
-        init(cfg), jnp.zeros((1, 8, DIM)), ctx, state))  # fmt: skip  # noqa: E731
+        init(cfg), jnp.zeros((1, 8, DIM)), ctx, state))
     assert has_fft(ctx, None)
     assert not has_fft(ctx.replace(packed=True), None)
     assert not has_fft(ctx, state)
@@ -76,7 +76,7 @@ def test_discretization(rule, step):
 def test_legs_is_normal_plus_low_rank(state):
     """The same Markov parameters, from all modes: c A^k b for a c that the change of basis keeps (b itself)."""
     a, b = hippo_legs(state)
-    both = lambda x: np.concatenate([x, x.conj()])  # noqa: E731
+    both = lambda x: np.concatenate([x, x.conj()])
     rate, p, b_modes = map(both, normal_plus_low_rank(state))
     assert len(rate) == state
     ours = np.diag(rate) - np.outer(p, p.conj())

@@ -65,7 +65,7 @@ def test_rematerialisation_of_one_product_a_layer_is_8_6():
 
 
 def test_a_checkpoint_policy_that_saves_products_costs_nothing():
-    wrap = lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable)  # noqa: E731
+    wrap = lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable)
     assert count_flops(jax.value_and_grad(stack_loss(wrap), argnums=(0, 1)), WEIGHTS, X) == 6 * N * T
 
 
@@ -73,7 +73,7 @@ def test_chunked_cross_entropy_is_three_products_and_one_for_evaluation():
     rows, length, vocab = 2, 12, 10
     shapes = [(rows, length, D), (D, vocab), (rows, length), (rows, length)]
     args = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, "ffif", strict=True)]
-    loss = lambda *a: cross_entropy(*a, chunk=4)[0]  # noqa: E731
+    loss = lambda *a: cross_entropy(*a, chunk=4)[0]
     product = 2 * rows * length * D * vocab
     assert count_flops(loss, *args) == product
     assert count_flops(jax.grad(loss, argnums=(0, 1)), *args) == 3 * product
@@ -114,7 +114,7 @@ def switch(x, w):
 
 
 def nested_scans(x, w):
-    inner = lambda x, _: (x @ w, None)  # noqa: E731
+    inner = lambda x, _: (x @ w, None)
     return jax.lax.scan(lambda x, _: jax.lax.scan(inner, x, length=3), x, length=4)[0]
 
 
@@ -157,7 +157,7 @@ def test_platform_dependent_counts_the_branch_of_a_platform(platform, products):
 
 def test_einsum_with_batch_axes():
     q, k = jax.ShapeDtypeStruct((2, 5, 3, 4), "f"), jax.ShapeDtypeStruct((2, 7, 3, 4), "f")
-    fn = lambda q, k: jnp.einsum("blhk,bshk->bhls", q, k)  # noqa: E731
+    fn = lambda q, k: jnp.einsum("blhk,bshk->bhls", q, k)
     assert count_flops(fn, q, k) == 2 * (2 * 3) * 5 * 7 * 4
 
 
@@ -185,7 +185,7 @@ def test_ragged_dot_and_its_gradients():
     """Every token meets one expert's weights: the number of experts doesn't count."""
     weights = jax.ShapeDtypeStruct((3, D, F), jnp.float32)
     sizes = jax.ShapeDtypeStruct((3,), jnp.int32)
-    loss = lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes).sum()  # noqa: E731
+    loss = lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes).sum()
     assert count_flops(loss, X, weights, sizes) == 2 * T * D * F
     assert count_flops(jax.value_and_grad(loss, argnums=(0, 1)), X, weights, sizes) == 3 * 2 * T * D * F
 
@@ -202,7 +202,7 @@ def test_convolutions(groups, stride):
     """Dense, grouped, depthwise; each gradient (dilated inputs, batch groups) costs as much as forward."""
     B, L, C, K = 2, 16, 8, 4
     x, w = jax.ShapeDtypeStruct((B, L, C), "f"), jax.ShapeDtypeStruct((K, C // groups, C), "f")
-    fn = lambda x, w: conv(x, w, groups=groups, stride=stride).sum()  # noqa: E731
+    fn = lambda x, w: conv(x, w, groups=groups, stride=stride).sum()
     once = 2 * B * (L // stride) * C * K * (C // groups)
     assert count_flops(fn, x, w) == once
     assert count_flops(jax.value_and_grad(fn, argnums=0), x, w) == 2 * once
@@ -219,7 +219,7 @@ def pallas(x, w):
 
 def test_a_pallas_kernel_may_say_its_own_cost():
     cost = pl.CostEstimate(flops=11, bytes_accessed=0, transcendentals=0)
-    said = lambda x, w: pl.pallas_call(  # noqa: E731
+    said = lambda x, w: pl.pallas_call(
         kernel, out_shape=jax.ShapeDtypeStruct((D, D), jnp.float32), name="said", cost_estimate=cost)(w)
     assert count_flops(said, X, SQUARE) == 11
     assert count_flops(said, X, SQUARE, pallas_flops={"said": 7.0}) == 7
@@ -228,7 +228,7 @@ def test_a_pallas_kernel_may_say_its_own_cost():
 def test_pallas_kernels_count_by_name():
     assert count_flops(pallas, X, SQUARE, pallas_flops={"square": 7.0}) == 7
     by_shape = {"square": lambda w: 2 * w.shape[0] ** 3}
-    twice = lambda x, w: pallas(x, pallas(x, w))  # noqa: E731
+    twice = lambda x, w: pallas(x, pallas(x, w))
     assert count_flops(twice, X, SQUARE, pallas_flops=by_shape) == 2 * 2 * D**3
 
 

@@ -78,7 +78,7 @@ def test_a_step_has_the_shapes_of_the_parameters_and_lowers_a_quadratic(name):
     params = model.init(jax.random.key(0))
     optimizer = make_optimizer(optim(name, lr=CASES[name][0]), 60, model.weights)
     state = optimizer.init(params)
-    distance = lambda p: sum(jnp.sum(jnp.square(x - 0.3)) for x in jax.tree.leaves(p))  # noqa: E731
+    distance = lambda p: sum(jnp.sum(jnp.square(x - 0.3)) for x in jax.tree.leaves(p))
     before = distance(params)
 
     @jax.jit

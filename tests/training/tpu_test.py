@@ -7,25 +7,20 @@ constraints.txt, by jax's minor version; other versions are held to the rules al
 import collections
 import dataclasses
 import math
-import os
 import re
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # pytest's other worker may be compiling, too
+import jax
+import pytest
+from jax.experimental import topologies
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-
-from configs import preset  # noqa: E402
-from research.config import override  # noqa: E402
-from research.models.attention import Attention  # noqa: E402
-from research.models.lm import LanguageModel  # noqa: E402
-from research.models.moe import Moe  # noqa: E402
-from research.schema import Stage  # noqa: E402
-from research.training.program import make_program  # noqa: E402
-from tests.spikes.pallas_scale import PallasScale  # noqa: E402
+from configs import preset
+from research.config import override
+from research.models.attention import Attention
+from research.models.lm import LanguageModel
+from research.models.moe import Moe
+from research.schema import Stage
+from research.training.program import make_program
+from tests.spikes.pallas_scale import PallasScale
 
 pytest.importorskip("libtpu", reason="the extra tpu is not installed")
 
