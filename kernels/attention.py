@@ -7,7 +7,6 @@ tests hold all of them to one float64 oracle.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +15,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_decode_pallas, attention_pallas, attention_ring
+from kernels.lowering import on_tpu, say_once
 from kernels.varying import vary_alike
 from kernels.visibility import MASK_KINDS, Context, Rule, visible
-
-logger = logging.getLogger(__name__)
 
 QUERY_CHUNK = 256  # queries whose scores are alive at one time in `chunked`
 INTERPRET: bool | pltpu.InterpretParams = True  # how `flash` runs where there is no TPU
@@ -206,13 +204,8 @@ chunked = Form(_chunked_forward, _chunked_backward)
 
 def _where(tpu: Callable, default: Callable) -> Callable:
     """One of two functions of (arrays..., rule), chosen when the program is lowered."""
-
-    def run(*arguments):
-        *arrays, rule = arguments
-        own = {"tpu": functools.partial(tpu, rule=rule), "default": functools.partial(default, rule=rule)}
-        return jax.lax.platform_dependent(*arrays, **own)
-
-    return run
+    own = lambda run, rule: functools.partial(run, rule=rule)
+    return lambda *arrays_rule: on_tpu(own(tpu, arrays_rule[-1]), own(default, arrays_rule[-1]), None, *arrays_rule[:-1])
 
 
 def _interpreted(kernel: Callable) -> Callable:
@@ -253,7 +246,7 @@ def default_implementation(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV
     """What runs when none is named: `chunked`, and on a TPU `flash`, if it can; the lowering of the program decides."""
     form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, chunked)
     if isinstance(form, str):
-        logger.info("attention: chunked on every back end; flash can't serve this: %s", form)
+        say_once(f"attention: flash can't serve this: {form}")
         return chunked
     return form
 

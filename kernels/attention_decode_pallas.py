@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_pallas as flash
+from kernels.varying import like
 from kernels.visibility import Context, Rule, sees, visible_blocks
 
 QUERIES = 8  # at most: more are a prefill
@@ -130,7 +131,7 @@ def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, blo
     by_keys = lambda width: spec((None, block, N * width), lambda b, n, j: (b, j, n))
     y_BxGxMxV, lse_BxGxMx1 = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, slots=S, alibi=alibi, rule=rule),
-        out_shape=[flash.like(q_BxLxHxK, (B, G, M, V), q_BxLxHxK.dtype), flash.like(q_BxLxHxK, (B, G, M, 1), jnp.float32)],
+        out_shape=[like(q_BxLxHxK, (B, G, M, V), q_BxLxHxK.dtype), like(q_BxLxHxK, (B, G, M, 1), jnp.float32)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=(B, G // N, count),
             in_specs=[by_rows(K), by_keys(K), by_keys(V), spec((None, 2, M, 1), lambda b, n, j: (b, 0, 0, 0)),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.varying import vary_alike
+from kernels.varying import like, vary_alike
 from kernels.visibility import Context, Rule, sees, visible_blocks
 
 BLOCK = 512  # queries, and keys, of a block
@@ -232,11 +232,6 @@ def _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context: Context, p: Plan) -> _Padded:
         k_BxGxSxK=fill(jnp.transpose(k_BxSxGxK, (0, 2, 1, 3)), {2: p.keys, 3: p.width}),
         q_ids_Bx2xL=jnp.stack(q_rows, axis=1), k_ids_Bx3xS=jnp.stack(k_rows, axis=1), slopes_H=slopes_H,
         context=Context(q_rows[0], k_rows[0], q_rows[1], k_rows[1], k_rows[2] != 0))
-
-
-def like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    """An output that varies over the mesh axes that x varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def compiler(semantics: str) -> pltpu.CompilerParams:

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.varying import like
+
 Arrays = tuple[jax.Array, ...]
 HEADS, LANES = 4, 512  # of one program, at most: what it has in VMEM fits the 16 MiB that every generation gives a kernel
 
@@ -31,15 +33,20 @@ class Kernel(NamedTuple):
 
     All float arguments come as float32 (Q, ...) values, those of one number a token and head as (1, Q); `dtype` is
     that of the first token array, for the operands of matrix products. `name`: of the calls, with _forward and _backward.
+    `flops`: from a call's arguments, (forward's, backward's), as the portable form multiplies: one count on every back end.
     """
 
     name: str
     common: Callable[..., Arrays]
     head: Callable[..., tuple[jax.Array, jax.Array]]
+    flops: Callable[..., tuple[float, float]]
 
 
-def call(body: Callable, name: str, ins: list, outs: list, scratch: list, grid: tuple, back: bool) -> list[jax.Array]:
+def call(
+    body: Callable, name: str, flops: float, ins: list, outs: list, scratch: list, grid: tuple, back: bool
+) -> list[jax.Array]:
     """`body` at every (b, p, m), m from the end if `back`. ins, outs: (array or shape, kind), see `_block`."""
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in (*ins, *outs))
     return pl.pallas_call(
         body,
         grid=grid,
@@ -47,6 +54,7 @@ def call(body: Callable, name: str, ins: list, outs: list, scratch: list, grid: 
         out_specs=[_block(x.shape, kind, grid, back) for x, kind in outs],
         out_shape=[x for x, _ in outs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        cost_estimate=pl.CostEstimate(flops=int(flops), transcendentals=0, bytes_accessed=moved),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         name=name,
     )(*(x for x, _ in ins))
@@ -70,11 +78,6 @@ def _block(shape: tuple[int, ...], kind: str, grid: tuple[int, int, int], back: 
 
 def _kind(x: jax.Array) -> str:
     return "wide" if x.ndim == 4 else "chunk"
-
-
-def like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    """Varies over the mesh axes that x varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def _groups(refs: tuple, *sizes: int) -> list[tuple]:
@@ -125,7 +128,8 @@ def _forward(kernel: Kernel, tokens, shared, fixed, state, keep: bool) -> tuple[
             last[...] = carried[...]
 
     ins = [*zip(tokens, kinds), *((x, "chunk") for x in (*shared, *fixed)), (state, "row")]
-    out = call(body, f"{kernel.name}_forward", ins, outs, [state.shape[2:]], (B, P, M), back=False)
+    flops, _ = kernel.flops(*(x for x, _ in ins))
+    out = call(body, f"{kernel.name}_forward", flops, ins, outs, [state.shape[2:]], (B, P, M), back=False)
     return out[0], out[1], out[2] if keep else None
 
 
@@ -183,7 +187,8 @@ def _scan_backward(kernel, saved, cotangents):
             dfirst[...] = carried[...]
 
     ins = [*zip(tokens, kinds), *((a, "chunk") for a in (*shared, *fixed, starts)), (dy, "wide"), (dlast, "row")]
-    *grads, dfirst = call(body, f"{kernel.name}_backward", ins, outs, [dlast.shape[2:]], (B, P, M), back=True)
+    _, flops = kernel.flops(*(x for x, _ in ins))
+    *grads, dfirst = call(body, f"{kernel.name}_backward", flops, ins, outs, [dlast.shape[2:]], (B, P, M), back=True)
     dtokens, dshared = tuple(grads[: len(tokens)]), grads[len(tokens) :]
     dshared = tuple(d.reshape(*a.shape[:3], -1, *a.shape[3:]).sum(3).astype(a.dtype) for d, a in zip(dshared, shared))
     return dtokens, dshared, None, dfirst
@@ -202,34 +207,10 @@ def layout(heads: int, group: int, *widths: int) -> tuple[int, ...]:
     return divisors[-1], *(width + -width % lanes for width in widths)
 
 
-def split(x_BxLx: jax.Array, Q: int, mode: str = "constant") -> jax.Array:
-    """x_BxMxQx; the last chunk is filled up with zeros, or as numpy's pad says."""
-    x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -x_BxLx.shape[1] % Q)] + [(0, 0)] * (x_BxLx.ndim - 2), mode=mode)
-    return x_BxLx.reshape(x_BxLx.shape[0], -1, Q, *x_BxLx.shape[2:])
-
-
 def by_head(x_BxMxQxH: jax.Array, R: int) -> jax.Array:
     """(B, M, P, R, Q)."""
     B, M, Q, H = x_BxMxQxH.shape
     return jnp.swapaxes(x_BxMxQxH, 2, 3).reshape(B, M, H // R, R, Q)
-
-
-def chunk_documents(documents_BxL: jax.Array, Q: int) -> tuple[jax.Array, jax.Array]:
-    """(documents_BxMxQ, old_BxMxQ: whether it is that of the state before the chunk), int32, from how many documents began
-    up to here (`convolution.document_counts`). What fills the last chunk up belongs to the last."""
-    documents_BxMxQ = split(documents_BxL, Q, "edge")
-    before_BxMx1 = jnp.pad(documents_BxMxQ[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
-    return documents_BxMxQ, (documents_BxMxQ == before_BxMx1).astype(jnp.int32)
-
-
-def log_decays(log_BxLxH: jax.Array, documents_BxMxQ: jax.Array) -> jax.Array:
-    """log_BxMxQxH: the sums of log decays since the chunk or the document began; each document's own, so that what its
-    neighbours hold doesn't even change the rounding."""
-    log_BxMxQxH = split(log_BxLxH, documents_BxMxQ.shape[2])
-    keep_BxMxQ = jnp.pad(documents_BxMxQ[..., 1:] == documents_BxMxQ[..., :-1], ((0, 0), (0, 0), (1, 0)))
-    keep_BxMxQxH = jnp.broadcast_to(keep_BxMxQ[..., None].astype(jnp.float32), log_BxMxQxH.shape)
-    add = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
-    return jax.lax.associative_scan(add, (keep_BxMxQxH, log_BxMxQxH), axis=2)[1]
 
 
 def weights(log_1xQ: jax.Array, documents_1xQ: jax.Array, old_1xQ: jax.Array) -> tuple[jax.Array, ...]:

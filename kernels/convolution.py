@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels.varying import vary_alike
+
 
 def document_counts(positions_BxL: jax.Array, segment_ids_BxL: jax.Array) -> jax.Array:
     """documents_BxL, int32: how many documents began in this row up to here (a valid position 0 begins one).
@@ -64,15 +66,6 @@ def causal_convolution(
     valid_BxT = jnp.pad(valid_BxL, ((0, 0), (P, 0)), constant_values=True)
     inside_BxL = valid_BxL[:, 1:] & ~valid_BxL[:, :-1] & (documents_BxL[:, 1:] == documents_BxL[:, :-1])
 
-    def shifted(x_BxTxC: jax.Array, documents_BxT: jax.Array, kernel_WxC: jax.Array) -> jax.Array:
-        """Padding counts as a token here: y_BxLxC in float32."""
-        y_BxLxC = jnp.zeros((B, L, C), jnp.float32)
-        for w in range(W):
-            same_BxLx1 = (documents_BxT[:, w : w + L] == documents_BxT[:, P:])[..., None]
-            tap_BxLxC = jnp.where(same_BxLx1, x_BxTxC[:, w : w + L].astype(jnp.float32), 0.0)
-            y_BxLxC += tap_BxLxC * kernel_WxC[w].astype(jnp.float32)
-        return y_BxLxC
-
     def order_BxT() -> jax.Array:
         """The valid tokens first, in their order. A sort: only where it is needed."""
         return jnp.argsort(~valid_BxT, axis=1, stable=True)
@@ -80,14 +73,14 @@ def causal_convolution(
     def closed_up(x_BxTxC: jax.Array, documents_BxT: jax.Array, kernel_WxC: jax.Array) -> jax.Array:
         order = order_BxT()
         x_BxTxC = jnp.take_along_axis(x_BxTxC, order[..., None], axis=1)
-        y_BxLxC = shifted(x_BxTxC, jnp.take_along_axis(documents_BxT, order, axis=1), kernel_WxC)
+        y_BxLxC = _shifted(x_BxTxC, jnp.take_along_axis(documents_BxT, order, axis=1), kernel_WxC)
         rank_BxL = jnp.maximum(jnp.cumsum(valid_BxL, axis=1) - 1, 0)
         return jnp.take_along_axis(y_BxLxC, rank_BxL[..., None], axis=1)
 
     x_BxTxC = jnp.concatenate([state_BxPxC.astype(x_BxLxC.dtype), x_BxLxC], axis=1)
-    # The backward pass starts from the inputs: else it would keep W taps, of both branches.
-    run = jax.checkpoint(lambda *arrays: jax.lax.cond(jnp.any(inside_BxL), closed_up, shifted, *arrays))
-    y_BxLxC = jnp.where(valid_BxL[..., None], run(x_BxTxC, documents_BxT, kernel_WxC), 0.0)
+    # The backward pass starts from the inputs: else it would keep what both branches need.
+    run = jax.checkpoint(lambda *arrays: jax.lax.cond(jnp.any(inside_BxL), closed_up, _shifted, *arrays))
+    y_BxLxC = jnp.where(valid_BxL[..., None], run(*vary_alike(x_BxTxC, documents_BxT, kernel_WxC)), 0.0)
 
     last_BxP = jnp.sum(valid_BxL, axis=1, keepdims=True) + jnp.arange(P)
     last_BxP = jnp.take_along_axis(order_BxT(), last_BxP, axis=1)
@@ -95,3 +88,31 @@ def causal_convolution(
     last_BxPxC = jnp.take_along_axis(x_BxTxC, last_BxP[..., None], axis=1)
     new_state_BxPxC = jnp.where(kept_BxP[..., None], last_BxPxC, 0).astype(state_BxPxC.dtype)
     return y_BxLxC.astype(x_BxLxC.dtype), new_state_BxPxC
+
+
+def _same(documents_BxT: jax.Array, w: int, P: int) -> jax.Array:
+    """same_BxLx1: tap w meets a token of the document that the token itself is of."""
+    L = documents_BxT.shape[1] - P
+    return (documents_BxT[:, w : w + L] == documents_BxT[:, P:])[..., None]
+
+
+@jax.custom_vjp
+def _shifted(x_BxTxC: jax.Array, documents_BxT: jax.Array, kernel_WxC: jax.Array) -> jax.Array:
+    """Padding counts as a token here: y_BxLxC in float32. Its own derivative, for JAX's goes over the row once a tap."""
+    W, T = kernel_WxC.shape[0], x_BxTxC.shape[1]
+    taps = [jnp.where(_same(documents_BxT, w, W - 1), x_BxTxC[:, w : w + T - W + 1].astype(jnp.float32), 0.0) for w in range(W)]
+    return sum(tap_BxLxC * kernel_WxC[w].astype(jnp.float32) for w, tap_BxLxC in enumerate(taps))
+
+
+def _shifted_backward(saved: tuple[jax.Array, ...], dy_BxLxC: jax.Array) -> tuple[jax.Array, None, jax.Array]:
+    x_BxTxC, documents_BxT, kernel_WxC = saved
+    (W, _), L = kernel_WxC.shape, dy_BxLxC.shape[1]
+    dx_BxTxC, dkernel_WxC = jnp.zeros(x_BxTxC.shape, jnp.float32), []
+    for w in range(W):
+        dtap_BxLxC = jnp.where(_same(documents_BxT, w, W - 1), dy_BxLxC, 0.0)
+        dx_BxTxC += jnp.pad(dtap_BxLxC * kernel_WxC[w].astype(jnp.float32), ((0, 0), (w, W - 1 - w), (0, 0)))
+        dkernel_WxC.append(jnp.sum(x_BxTxC[:, w : w + L].astype(jnp.float32) * dtap_BxLxC, axis=(0, 1)))
+    return dx_BxTxC.astype(x_BxTxC.dtype), None, jnp.stack(dkernel_WxC).astype(kernel_WxC.dtype)
+
+
+_shifted.defvjp(lambda *arrays: (_shifted(*arrays), arrays), _shifted_backward)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import gated_delta_pallas
+from kernels.linear_attention import linear_attention
 from kernels.lowering import on_tpu
 
 
@@ -63,8 +64,14 @@ def chunked(
         Y = E Q S + (D * Q K') U,  S after the chunk = E[C] S + K' (D[C] U)
 
     The system is solved (WY representation); its inverse as a product of powers of A would lose every digit where keys repeat.
+    Without `write` there is none: linear_attention.py.
     """
     L = q_BxLxHxK.shape[1]
+    if write_BxLxH is None:
+        y_BxLxHx1xV, state_BxHx1xVxK = linear_attention(
+            q_BxLxHxK, k_BxLxHxK, v_BxLxHxV[:, :, :, None], log_decay_BxLxH[..., None],
+            jnp.cumsum(reset_BxL, axis=1, dtype=jnp.int32), jnp.swapaxes(state_BxHxKxV, 2, 3)[:, :, None], chunk)  # fmt: skip
+        return y_BxLxHx1xV[:, :, :, 0], jnp.swapaxes(state_BxHx1xVxK[:, :, 0], 2, 3)
     C = min(chunk, L)
 
     def split(x_BxLxH: jax.Array) -> jax.Array:
@@ -89,19 +96,15 @@ def chunked(
 
     scores_NxBxHxCxC = jnp.einsum("nbhck,nbhsk->nbhcs", q, k) * decay_NxBxHxCxC
     k_out = k * decay_NxBxHxCxC[..., -1, :, None]
-    w = None
-    if write_BxLxH is not None:
-        write_NxBxHxCx1 = heads_first(split(write_BxLxH))[..., None]
-        a_NxBxHxCxC = write_NxBxHxCx1 * jnp.einsum("nbhck,nbhsk->nbhcs", k, k) * decay_NxBxHxCxC
-        right = write_NxBxHxCx1 * jnp.concatenate([v, entry_NxBxHxC[..., None] * k], axis=-1)
-        solved = jax.lax.linalg.triangular_solve(
-            a_NxBxHxCxC, right, left_side=True, lower=True, unit_diagonal=True
-        )
-        v, w = jnp.split(solved, [v.shape[-1]], axis=-1)  # b V and b E K, each through the inverse
+    write_NxBxHxCx1 = heads_first(split(write_BxLxH))[..., None]
+    a_NxBxHxCxC = write_NxBxHxCx1 * jnp.einsum("nbhck,nbhsk->nbhcs", k, k) * decay_NxBxHxCxC
+    right = write_NxBxHxCx1 * jnp.concatenate([v, entry_NxBxHxC[..., None] * k], axis=-1)
+    solved = jax.lax.linalg.triangular_solve(a_NxBxHxCxC, right, left_side=True, lower=True, unit_diagonal=True)
+    v, w = jnp.split(solved, [v.shape[-1]], axis=-1)  # b V and b E K, each through the inverse
 
     def step(state_BxHxKxV, one):
         q, k_out, v, w, scores, entry = one
-        u_BxHxCxV = v if w is None else v - jnp.einsum("bhck,bhkv->bhcv", w, state_BxHxKxV)
+        u_BxHxCxV = v - jnp.einsum("bhck,bhkv->bhcv", w, state_BxHxKxV)
         y_BxHxCxV = entry[..., None] * jnp.einsum("bhck,bhkv->bhcv", q, state_BxHxKxV)
         y_BxHxCxV += jnp.einsum("bhcs,bhsv->bhcv", scores, u_BxHxCxV)
         state_BxHxKxV *= entry[..., -1, None, None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.chunks_pallas import Kernel, by_head, chunk_documents, column, layout, log_decays, product, scan, split, weights
+from kernels.chunks import chunk_documents, log_decays, split
+from kernels.chunks_pallas import Kernel, by_head, column, layout, product, scan, weights
 from kernels.varying import vary_alike
 
 
@@ -24,9 +25,6 @@ def _head(dtype, tokens, shared, common, fixed, s_KxV):
     y_QxV = product(dtype, product(dtype, q_QxK, k_QxK, (1, 1)) * decay_QxQ, u_QxV, (1, 0))
     y_QxV += since_Qx1 * product(dtype, q_QxK, s_KxV, (1, 0))
     return y_QxV, kept_1x1 * s_KxV + product(dtype, column(until_1xQ) * k_QxK, u_QxV, (0, 0))
-
-
-DELTA, LINEAR = Kernel("gated_delta", _nothing, _head), Kernel("gated_linear", _nothing, _head)
 
 
 def _inverse(a_QxQ: jax.Array) -> jax.Array:
@@ -113,26 +111,20 @@ def _products(q_BxMxQxHK, k, v_BxMxQxHV, log_BxMxPxRxQ, *rest) -> tuple[float, f
     return 2.0 * B * M * Q * Q * lanes, 2.0 * B * M * Q * Q * values, 2.0 * B * M * Q * lanes * values / (P * R)
 
 
-def _linear_flops(*operands: jax.Array) -> float:
+def _linear_flops(*operands: jax.Array) -> tuple[float, float]:
     scores, values, memory = _products(*operands)
-    return scores + values + 2 * memory
+    forward = scores + values + 2 * memory
+    return forward, 2 * forward
 
 
-def _delta_flops(*operands: jax.Array) -> float:
+def _delta_flops(*operands: jax.Array) -> tuple[float, float]:
+    """As `gated_delta.chunked` has them, in which solving the systems counts nothing.
+
+    Backward: two products for each of forward's, and the systems' gradient, over values and keys as that form solves.
+    """
     scores, values, memory = _products(*operands)
-    return 2 * scores + values + 3 * memory
+    forward = 2 * scores + values + 3 * memory
+    return forward, 2 * forward + scores + values
 
 
-def _delta_backward_flops(*operands: jax.Array) -> float:
-    """Two products for each of forward's, and the systems' gradient, over values and keys as `gated_delta.chunked` solves."""
-    scores, values, _ = _products(*operands)
-    return 2 * _delta_flops(*operands) + scores + values
-
-
-# As `gated_delta.chunked` has them, in which solving the systems counts nothing.
-FLOPS = {
-    "gated_delta_forward": _delta_flops,
-    "gated_delta_backward": _delta_backward_flops,
-    "gated_linear_forward": _linear_flops,
-    "gated_linear_backward": lambda *operands: 2 * _linear_flops(*operands),
-}
+LINEAR, DELTA = Kernel("gated_linear", _nothing, _head, _linear_flops), Kernel("gated_delta", _nothing, _head, _delta_flops)

@@ -7,19 +7,25 @@ computed in that slow order. Here the narrower of the two is transposed; acceler
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from kernels.varying import vary_alike
 
 
-def linear(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> jax.Array:
+def linear(x_BxLxI: jax.Array, weight_IxO: jax.Array, inputs: int = 1) -> jax.Array:
     """x @ weight: y_BxLxO, for any leading axes of x. Reverse mode only (custom_vjp).
 
+    The last `inputs` axes of x meet the first ones of the weight; O: all that it has behind them.
     Floating; the result is in the wider of the two dtypes, each gradient in the dtype of what it is for.
     """
     dtype = jnp.result_type(x_BxLxI, weight_IxO)
-    return _product(*vary_alike(x_BxLxI.astype(dtype), weight_IxO.astype(dtype)))
+    tokens, outputs = x_BxLxI.shape[:-inputs], weight_IxO.shape[inputs:]
+    x = x_BxLxI.astype(dtype).reshape(*tokens, -1)
+    weight = weight_IxO.astype(dtype).reshape(x.shape[-1], math.prod(outputs))
+    return _product(*vary_alike(x, weight)).reshape(*tokens, *outputs)
 
 
 def _matmul(x_BxLxI: jax.Array, weight_IxO: jax.Array) -> jax.Array:

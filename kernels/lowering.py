@@ -16,11 +16,12 @@ def on_tpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], refusal: s
     refusal: why the kernel can't serve these operands: then `otherwise` is taken everywhere, with one line in the log.
     """
     if refusal is not None:
-        _say_once(refusal)
+        say_once(refusal)
         return otherwise(*operands)
     return jax.lax.platform_dependent(*operands, tpu=kernel, default=otherwise)
 
 
 @functools.cache
-def _say_once(refusal: str) -> None:
+def say_once(refusal: str) -> None:
+    """Once in a process: a step has many layers, and is traced again and again."""
     logging.getLogger(__name__).warning("%s; the next implementation is taken", refusal)

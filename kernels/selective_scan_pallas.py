@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.chunks_pallas import call, like
-from kernels.varying import vary_alike
+from kernels.chunks_pallas import call
+from kernels.varying import like, vary_alike
 
 LANES = 512  # channels of one program, at most
 
@@ -121,7 +121,7 @@ def _forward(x, dt, first, b, c, a, start, keep_starts: bool) -> list[jax.Array]
     ins = [(x, "wide"), (dt, "wide"), (first, "chunk"), (b, "chunk"), (c, "chunk"), (a[None], "lanes"), (start, "lanes")]
     scratch = [(a.shape[0], lanes), (Q, lanes), (Q, lanes)]
     body = functools.partial(_forward_body, keep_starts=keep_starts)
-    return call(body, "selective_scan_forward", ins, outs, scratch, grid, back=False)
+    return call(body, "selective_scan_forward", _read_flops(x, b), ins, outs, scratch, grid, back=False)
 
 
 @jax.custom_vjp
@@ -143,7 +143,8 @@ def _scan_backward(saved, cotangents):
     ins = [(x, "wide"), (dt, "wide"), (first, "chunk"), (b, "chunk"), (c, "chunk"), (a[None], "lanes"), (starts, "wide"),
            (dy, "wide"), (dlast, "lanes")]  # fmt: skip
     scratch = [(N, lanes), (Q, lanes), (Q, lanes), (Q, lanes), (Q, N, lanes)]
-    dx, ddt, db, dc, da, dstart = call(_backward_body, "selective_scan_backward", ins, outs, scratch, grid, back=True)
+    dx, ddt, db, dc, da, dstart = call(
+        _backward_body, "selective_scan_backward", 2 * _read_flops(x, b), ins, outs, scratch, grid, back=True)
     return dx, ddt, None, db.sum(2, keepdims=True), dc.sum(2, keepdims=True), da.sum(0), dstart
 
 
@@ -198,9 +199,6 @@ def pallas(
     return y_BxMxQxI.reshape(B, -1, I + more)[:, :L, :I], jnp.swapaxes(h_BxNxI[..., :I], 1, 2)
 
 
-def _read_flops(x_BxMxQxI, dt, first, b_BxMx1xNxQ, *_) -> float:
+def _read_flops(x_BxMxQxI: jax.Array, b_BxMx1xNxQ: jax.Array) -> float:
     """Of what is read from the states, as `selective_scan.chunked` has it: one product."""
     return 2.0 * math.prod(x_BxMxQxI.shape) * b_BxMx1xNxQ.shape[3]
-
-
-FLOPS = {"selective_scan_forward": _read_flops, "selective_scan_backward": lambda *operands: 2 * _read_flops(*operands)}

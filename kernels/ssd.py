@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from kernels import ssd_pallas
 from kernels.convolution import document_counts
+from kernels.linear_attention import linear_attention
 from kernels.lowering import on_tpu
-from kernels.selective_scan import join, split, then
 
 
 def reference(
@@ -55,53 +55,15 @@ def chunked(
     h_BxGxRxKxN: jax.Array,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`reference`, `chunk` tokens at a time: masked attention within a chunk, one state between two.
+    """`reference` as masked attention within each chunk and one state between two (linear_attention.py).
 
     Matrix products take their operands in x's dtype and sum in float32; decays and the carried state are float32. The
-    backward pass keeps the inputs and one state a chunk.
+    backward pass keeps the inputs, y and one state a chunk.
     """
-    L, dtype = x_BxLxGxRxK.shape[1], x_BxLxGxRxK.dtype
-    Q = min(chunk, L)
-
-    def product(spec: str, *operands: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, *(x.astype(dtype) for x in operands), preferred_element_type=jnp.float32)
-
-    @jax.checkpoint
-    def one(carry, tokens):
-        h_BxGxRxKxN, before_B = carry
-        x, dt_BxQxGxR, b_BxQxGxN, c_BxQxGxN, documents_BxQ, valid_BxQ = tokens
-        dt_BxQxGxR = jnp.where(valid_BxQ[..., None, None], dt_BxQxGxR, 0.0)
-        u_BxQxGxRxK = jnp.where(valid_BxQ[..., None, None, None], dt_BxQxGxR[..., None] * x.astype(jnp.float32), 0.0)
-        # The logarithm of the decay since the chunk's or the document's beginning: the sum starts anew with each
-        # document, so that what its neighbours hold doesn't even change the rounding.
-        ago_BxQ = jnp.concatenate([before_B[:, None], documents_BxQ[:, :-1]], axis=1)
-        keep_BxQ = (documents_BxQ == ago_BxQ).astype(jnp.float32)[..., None, None]
-        keep_BxQxGxR = jnp.broadcast_to(keep_BxQ, dt_BxQxGxR.shape)
-        _, log_BxQxGxR = jax.lax.associative_scan(then, (keep_BxQxGxR, dt_BxQxGxR * a_GxR), axis=1)
-
-        # Within the chunk: token l reads s <= l of its document.
-        log_BxGxRxQ = jnp.moveaxis(log_BxQxGxR, 1, -1)
-        seen_BxLxS = (documents_BxQ[:, :, None] == documents_BxQ[:, None, :]) & jnp.tri(Q, dtype=bool)
-        between_BxGxRxLxS = log_BxGxRxQ[..., :, None] - log_BxGxRxQ[..., None, :]
-        decay_BxGxRxLxS = jnp.exp(jnp.where(seen_BxLxS[:, None, None], between_BxGxRxLxS, -jnp.inf))
-        scores_BxGxLxS = product("blgn,bsgn->bgls", c_BxQxGxN, b_BxQxGxN)
-        y = product("bgrls,bsgrk->blgrk", scores_BxGxLxS[:, :, None] * decay_BxGxRxLxS, u_BxQxGxRxK)
-
-        # From before the chunk, and on to what follows it.
-        old_BxQ = (documents_BxQ == before_B[:, None])[..., None, None]
-        since_BxQxGxR = jnp.where(old_BxQ, jnp.exp(jnp.where(old_BxQ, log_BxQxGxR, 0.0)), 0.0)
-        y += since_BxQxGxR[..., None] * product("blgn,bgrkn->blgrk", c_BxQxGxN, h_BxGxRxKxN)
-        until_BxQxGxR = jnp.moveaxis(decay_BxGxRxLxS[..., -1, :], -1, 1)
-        new = product("bsgrk,bsgn->bgrkn", until_BxQxGxR[..., None] * u_BxQxGxRxK, b_BxQxGxN)
-        h_BxGxRxKxN = since_BxQxGxR[:, -1, ..., None, None] * h_BxGxRxKxN + new
-        return (h_BxGxRxKxN, documents_BxQ[:, -1]), y
-
-    # What fills the last chunk up belongs to the last document: it isn't valid, and begins nothing.
-    documents_BxL = jnp.pad(documents_BxL, ((0, 0), (0, -L % Q)), mode="edge")
-    tokens = (x_BxLxGxRxK, dt_BxLxGxR, b_BxLxGxN, c_BxLxGxN, documents_BxL, valid_BxL)
-    first = (h_BxGxRxKxN, jnp.zeros_like(documents_BxL[:, 0]))
-    (h_BxGxRxKxN, _), y = jax.lax.scan(one, first, tuple(split(x, Q) for x in tokens))
-    return join(y, L), h_BxGxRxKxN
+    dt_BxLxGxR = jnp.where(valid_BxL[..., None, None], dt_BxLxGxR, 0.0)
+    u_BxLxGxRxK = jnp.where(valid_BxL[..., None, None, None], dt_BxLxGxR[..., None] * x_BxLxGxRxK.astype(jnp.float32), 0.0)
+    return linear_attention(c_BxLxGxN, b_BxLxGxN, u_BxLxGxRxK.astype(x_BxLxGxRxK.dtype), dt_BxLxGxR * a_GxR, documents_BxL,
+                            h_BxGxRxKxN, chunk)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.chunks_pallas import Kernel, by_head, chunk_documents, column, layout, log_decays, product, scan, split, weights
+from kernels.chunks import chunk_documents, log_decays, split
+from kernels.chunks_pallas import Kernel, by_head, column, layout, product, scan, weights
 from kernels.varying import vary_alike
 
 
@@ -22,9 +23,6 @@ def _head(dtype, tokens, shared, common, fixed, h_KxN):
     y_QxK = product(dtype, scores_QxQ * decay_QxQ * dt_1xQ, x_QxK, (1, 0))
     y_QxK += since_Qx1 * product(dtype, c_QxN, h_KxN, (1, 1))
     return y_QxK, kept_1x1 * h_KxN + product(dtype, column(until_1xQ * dt_1xQ) * x_QxK, b_QxN, (0, 0))
-
-
-KERNEL = Kernel("ssd", _scores, _head)
 
 
 def refusal(x_BxLxHxK: jax.Array, b_BxLxGxN: jax.Array, chunk: int) -> str | None:
@@ -67,23 +65,16 @@ def pallas(
     return y_BxLxGxRxK, h.reshape(B, G, R, width, N)[..., :K, :]
 
 
-def _flops(x_BxMxQxHK, dt_BxMxPxRxQ, log, b_BxMxGxQxN, *_) -> tuple[float, float, float]:
-    """(scores, values of the tokens seen, what is read from a state or goes into it), each one product, forward."""
+def _flops(x_BxMxQxHK, dt_BxMxPxRxQ, log, b_BxMxGxQxN, *_) -> tuple[float, float]:
+    """As `ssd.chunked` has them: scores once a group, though each program of HEADS heads makes its own.
+
+    Backward: two products for each of forward's, and of those the scores and what is read from the state once more.
+    """
     B, M, Q, lanes = x_BxMxQxHK.shape
     G, N = b_BxMxGxQxN.shape[2], b_BxMxGxQxN.shape[4]
-    return 2.0 * B * M * Q * Q * G * N, 2.0 * B * M * Q * Q * lanes, 2.0 * B * M * Q * N * lanes
+    scores, values, state = 2.0 * B * M * Q * Q * G * N, 2.0 * B * M * Q * Q * lanes, 2.0 * B * M * Q * N * lanes
+    forward = scores + values + 2 * state
+    return forward, 2 * forward + scores + state
 
 
-def _forward_flops(*operands: jax.Array) -> float:
-    scores, values, state = _flops(*operands)
-    return scores + values + 2 * state
-
-
-def _backward_flops(*operands: jax.Array) -> float:
-    """Two products for each of forward's, and of those the scores and what is read from the state once more."""
-    scores, _, state = _flops(*operands)
-    return 2 * _forward_flops(*operands) + scores + state
-
-
-# As `ssd.chunked` has them: scores once a group, though each program of HEADS heads makes its own.
-FLOPS = {"ssd_forward": _forward_flops, "ssd_backward": _backward_flops}
+KERNEL = Kernel("ssd", _scores, _head, _flops)

@@ -1,8 +1,9 @@
-"""For scans with a custom derivative inside `jax.shard_map`: arguments that vary over the same mesh axes."""
+"""Inside `jax.shard_map`: what a custom derivative or a Pallas kernel has to say of the mesh axes that its arrays vary over."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 
 def vary_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
@@ -17,3 +18,8 @@ def vary_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
         x if x is None or axes == every else jax.lax.pcast(x, tuple(sorted(every - axes)), to="varying")
         for x, axes in zip(arrays, own, strict=True)
     ]
+
+
+def like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    """Of a kernel's result that varies over the mesh axes that x varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

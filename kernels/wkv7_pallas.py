@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.chunks_pallas import Kernel, chunk_documents, column, last, layout, product, scan, split
+from kernels.chunks import chunk_documents, split
+from kernels.chunks_pallas import Kernel, column, last, layout, product, scan
 from kernels.gated_delta_pallas import solve
 from kernels.varying import vary_alike
 
@@ -45,9 +46,6 @@ def _head(dtype, tokens, shared, common, fixed, s_KxV):
     return y_QxV, column(kept_1xK) * s_KxV + new_KxV
 
 
-KERNEL = Kernel("wkv7", _nothing, _head)
-
-
 def refusal(r_BxLxHxK: jax.Array, v_BxLxHxV: jax.Array, chunk: int) -> str | None:
     """Why the kernels can't serve these arguments; None: they can."""
     L, K, V = r_BxLxHxK.shape[1], r_BxLxHxK.shape[3], v_BxLxHxV.shape[3]
@@ -85,22 +83,15 @@ def pallas(
     return y.reshape(B, -1, H, value)[:, :L, ..., :V], state.reshape(B, H, key, value)[..., :K, :V]
 
 
-def _products(r_BxMxQxHK, log, k, v_BxMxQxHV, key, removal, documents, old, state, *_) -> tuple[float, float, float]:
-    """Flops of one product of scores, of one of them with the values, and of one with the memory."""
+def _flops(r_BxMxQxHK, log, k, v_BxMxQxHV, key, removal, documents, old, state, *_) -> tuple[float, float]:
+    """As `wkv7.chunked` has them, in which solving the systems counts nothing.
+
+    Backward: two products for each of forward's (one for the sum of decays), and the systems' gradient, over values and keys.
+    """
     (B, M, Q, lanes), values, V = r_BxMxQxHK.shape, v_BxMxQxHV.shape[3], state.shape[-1]
-    return 2.0 * B * M * Q * Q * lanes, 2.0 * B * M * Q * Q * values, 2.0 * B * M * Q * lanes * V
+    scores, values, memory = 2.0 * B * M * Q * Q * lanes, 2.0 * B * M * Q * Q * values, 2.0 * B * M * Q * lanes * V
+    forward = 5 * scores + 3 * values + 4 * memory
+    return forward, 2 * forward + values
 
 
-def _forward_flops(*operands: jax.Array) -> float:
-    scores, values, memory = _products(*operands)
-    return 5 * scores + 3 * values + 4 * memory
-
-
-def _backward_flops(*operands: jax.Array) -> float:
-    """Two products for each of forward's (one for the sum of decays), and the systems' gradient, over values and keys."""
-    scores, values, _ = _products(*operands)
-    return 2 * _forward_flops(*operands) + values
-
-
-# As `wkv7.chunked` has them, in which solving the systems counts nothing.
-FLOPS = {"wkv7_forward": _forward_flops, "wkv7_backward": _backward_flops}
+KERNEL = Kernel("wkv7", _nothing, _head, _flops)

@@ -66,7 +66,7 @@ def row(name: str, pattern: tuple[MixerConfig, ...], repeats: int, length: int, 
 
 ATTENTION = (Attention(heads=4), GatedMlp(hidden=704))
 RECURRENT: dict[str, tuple[tuple[MixerConfig, ...], int]] = {
-    "mamba2": ((Mamba2(head_dim=32, state=64),), 8),
+    "mamba2": ((Mamba2(head_dim=32, state=64, chunk=64),), 8),
     "linear_attention": ((GatedDelta(heads=4, key_dim=64, delta=False), GatedMlp(hidden=704)), 4),
     "gated_delta": ((GatedDelta(heads=4, key_dim=64), GatedMlp(hidden=704)), 4),
     "mamba": ((Mamba(),), 8),

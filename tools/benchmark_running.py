@@ -69,12 +69,11 @@ def watched(rounds: int, steps: int = 200) -> dict[str, Any]:
     of `running` (loader, compiled step, the loss read a step late). `slowdown`: median of the paired ratios, less one.
     """
     found: dict[str, list[float]] = {"bare": [], "run": []}
-    config = override(PRESETS["quickstart"](), {
-        "train.steps": str(steps), "optim.warmup_steps": "5", "train.eval_every": "0", "train.sample_every": "0",
-        "checkpoint.every_steps": str(steps // 2)})
-    command = [sys.executable, "-m", "experiments.train", "--config=quickstart", f"--set=train.steps={steps}",
-               "--set=optim.warmup_steps=5", "--set=train.eval_every=0", "--set=train.sample_every=0",
-               f"--set=checkpoint.every_steps={steps // 2}"]
+    settings = {"train.steps": str(steps), "optim.warmup_steps": "5", "train.eval_every": "0", "train.sample_every": "0",
+                "checkpoint.every_steps": str(steps // 2)}
+    config = override(PRESETS["quickstart"](), settings)
+    command = [sys.executable, "-m", "experiments.train", "--config=quickstart",
+               *(f"--set={name}={value}" for name, value in settings.items())]
     for number in range(rounds):
         found["bare"].append(running(config, steps)["step_seconds"])
         with tempfile.TemporaryDirectory() as directory:

@@ -132,7 +132,7 @@ class AttentionMixer(nn.Module):
                 y_BxLxHxK, state = self._attend_cached(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, ctx, state)
         output_HxKxD = param(self, "output", (cfg.heads, cfg.width(dim), dim), ("heads", "head_dim", "embed"), fan_in(),
                              inputs=("heads", "head_dim"))
-        y_BxLxD = linear(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1), output_HxKxD.reshape(-1, dim))
+        y_BxLxD = linear(y_BxLxHxK, output_HxKxD, 2)
         if cfg.bias:
             y_BxLxD += param(self, "output_bias", (dim,), ("embed",), zeros, role="vector").astype(y_BxLxD.dtype)
         return y_BxLxD, state, {}
@@ -141,7 +141,7 @@ class AttentionMixer(nn.Module):
         cfg, dim = self.cfg, x_BxLxD.shape[-1]
         shape, axes = (dim, heads, cfg.width(dim)), ("embed", axis, "head_dim")
         weight_DxHxK = param(self, name, shape, axes, fan_in(), inputs=("embed",))
-        y_BxLxHxK = linear(x_BxLxD, weight_DxHxK.reshape(dim, -1)).reshape(*x_BxLxD.shape[:2], *shape[1:])
+        y_BxLxHxK = linear(x_BxLxD, weight_DxHxK)
         if cfg.bias:
             y_BxLxHxK += param(self, f"{name}_bias", shape[1:], axes[1:], zeros, role="vector").astype(y_BxLxHxK.dtype)
         if cfg.qk_norm and name != "value":

@@ -18,6 +18,7 @@ import numpy as np
 
 from kernels.convolution import causal_convolution
 from kernels.gated_delta import gated_delta
+from kernels.linear import linear
 from research import sharding
 from research.config import MixerConfig, Positive, PositiveFloat
 from research.errors import InputError
@@ -123,12 +124,12 @@ class GatedDeltaMixer(nn.Module):
         y_BxLxHxV = rms_normalize(y_BxLxHxV, cfg.eps) * gain_V.astype(jnp.float32) * jax.nn.silu(gate_BxLxHxV)
         output_HxVxD = param(self, "output", (*y_BxLxHxV.shape[2:], dim), ("heads", "head_dim", "embed"), fan_in(),
                              inputs=("heads", "head_dim"))
-        y_BxLxD = jnp.einsum("blhv,hvd->bld", y_BxLxHxV.astype(x_BxLxD.dtype), output_HxVxD)
+        y_BxLxD = linear(y_BxLxHxV.astype(x_BxLxD.dtype), output_HxVxD, 2)
         return y_BxLxD, None if state is None else dict(zip(self.state_axes(cfg), new)), {}
 
     def _project(self, name: str, x_BxLxD: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
         weight = param(self, name, (x_BxLxD.shape[-1], *shape), ("embed", *axes), fan_in(), inputs=("embed",))
-        return jnp.tensordot(x_BxLxD, weight, axes=1)
+        return linear(x_BxLxD, weight)
 
     def _remember(self, q, k, v, q_taps, k_taps, v_taps, log_decay, write, ctx: Context, state: list) -> tuple:
         """(y_BxLxHxV, the state's arrays), each device with its own rows and heads."""

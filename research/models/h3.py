@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import linear
 from research.config import MixerConfig, Positive, PositiveFloat
 from research.errors import InputError
 from research.models.context import Context
@@ -66,7 +67,7 @@ class H3Mixer(nn.Module):
         y_BxLxHxM += skip_H.astype(u_BxLxHxM.dtype)[:, None] * u_BxLxHxM
         y_BxLxHxV = jnp.einsum("blhk,blhkv->blhv", q_BxLxHxK, y_BxLxHxM.reshape(B, L, H, K, K))
         output_HxVxD = param(self, "output", (H, K, D), ("heads", "head_dim", "embed"), fan_in(), inputs=("heads", "head_dim"))
-        y_BxLxD = jnp.einsum("blhv,hvd->bld", y_BxLxHxV, output_HxVxD)
+        y_BxLxD = linear(y_BxLxHxV, output_HxVxD, 2)
         if state is None:
             return y_BxLxD, None, {}
         return y_BxLxD, {"shift_BxPxHxK": shift_BxPxHxK, "real_BxHxMxN": after[0], "imaginary_BxHxMxN": after[1]}, {}
@@ -74,7 +75,7 @@ class H3Mixer(nn.Module):
     def _project(self, name: str, x_BxLxD: jax.Array, heads: int) -> jax.Array:
         shape = (x_BxLxD.shape[-1], heads, self.cfg.head_dim)
         weight_DxHxK = param(self, name, shape, ("embed", "heads", "head_dim"), fan_in(), inputs=("embed",))
-        return jnp.einsum("bld,dhk->blhk", x_BxLxD, weight_DxHxK)
+        return linear(x_BxLxD, weight_DxHxK)
 
     @staticmethod
     def init_state(cfg: H3, batch: int, dim: int, max_len: int, dtype: jnp.dtype) -> dict:

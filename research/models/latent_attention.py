@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import linear
 from research.config import MixerConfig, Positive, PositiveFloat
 from research.errors import InputError
 from research.models import cache
@@ -63,7 +64,7 @@ class LatentAttentionMixer(nn.Module):
         q_BxLxHxK, q_rope_BxLxHxK = q_BxLxHxK[..., : cfg.nope_dim], turn(q_BxLxHxK[..., cfg.nope_dim :])
         latent_BxLxR = self._latent("kv", x_BxLxD, cfg.kv_rank)
         rope_DxK = param(self, "key_rope", (dim, cfg.rope_dim), ("embed", "head_dim"), fan_in(), inputs=("embed",))
-        rope_BxLxK = turn(jnp.einsum("bld,dk->blk", x_BxLxD, rope_DxK)[:, :, None])[:, :, 0]
+        rope_BxLxK = turn(linear(x_BxLxD, rope_DxK)[:, :, None])[:, :, 0]
         if state is None:
             seen = {"latent_BxSxR": latent_BxLxR, "rope_BxSxK": rope_BxLxK, "positions_BxS": ctx.positions_BxL,
                     "documents_BxS": ctx.segment_ids_BxL, "prefix_BxS": ctx.prefix_BxL}
@@ -89,7 +90,7 @@ class LatentAttentionMixer(nn.Module):
         y_BxLxHxV = jnp.einsum("blhr,rhv->blhv", y, value_RxHxV) if absorb else y
         output_HxVxD = param(self, "output", (cfg.heads, cfg.value_dim, dim), ("heads", "head_dim", "embed"), fan_in(),
                              inputs=("heads", "head_dim"))
-        return jnp.einsum("blhv,hvd->bld", y_BxLxHxV, output_HxVxD), state, {}
+        return linear(y_BxLxHxV, output_HxVxD, 2), state, {}
 
     def _query(self, x_BxLxD: jax.Array) -> jax.Array:
         cfg = self.cfg
@@ -99,12 +100,12 @@ class LatentAttentionMixer(nn.Module):
                               self._up("query", width, cfg.query_rank))
         query_DxHxK = param(self, "query", (x_BxLxD.shape[-1], cfg.heads, width), ("embed", "heads", "head_dim"), fan_in(),
                             inputs=("embed",))
-        return jnp.einsum("bld,dhk->blhk", x_BxLxD, query_DxHxK)
+        return linear(x_BxLxD, query_DxHxK)
 
     def _latent(self, name: str, x_BxLxD: jax.Array, rank: int) -> jax.Array:
         down_DxR = param(self, f"{name}_down", (x_BxLxD.shape[-1], rank), ("embed", "rank"), fan_in(), inputs=("embed",))
         gain_R = param(self, f"{name}_norm", (rank,), ("rank",), ones, role="vector")
-        latent_BxLxR = rms_normalize(jnp.einsum("bld,dr->blr", x_BxLxD, down_DxR), 1e-6) * gain_R
+        latent_BxLxR = rms_normalize(linear(x_BxLxD, down_DxR), 1e-6) * gain_R
         return latent_BxLxR.astype(x_BxLxD.dtype)
 
     def _up(self, name: str, width: int, rank: int | None = None) -> jax.Array:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import linear
 from kernels.selective_scan import selective_scan
 from research import sharding
 from research.config import MixerConfig, Positive, PositiveFloat
@@ -64,7 +65,7 @@ class MambaMixer(nn.Module):
         bound = 1 / math.sqrt(rank)
         dt_up_RxI = param(self, "dt_up", (rank, inner), ("dt_rank", "mlp"), uniform(-bound, bound), inputs=("dt_rank",))
         dt_bias_I = param(self, "dt_bias", (inner,), ("mlp",), dt_bias(cfg.dt_min, cfg.dt_max, cfg.dt_floor), role="vector")
-        dt_BxLxI = jnp.einsum("blr,ri->bli", dt_BxLxR, dt_up_RxI)
+        dt_BxLxI = linear(dt_BxLxR, dt_up_RxI)
         dt_BxLxI = nn.softplus(dt_BxLxI.astype(jnp.float32) + dt_bias_I.astype(jnp.float32))
         a_log_IxN = param(self, "a_log", (inner, cfg.state), ("mlp", "state_dim"), log_integers, role="vector")
         skip_I = param(self, "skip", (inner,), ("mlp",), ones, role="vector")
@@ -78,7 +79,7 @@ class MambaMixer(nn.Module):
 
     def _linear(self, name: str, x_BxLxI: jax.Array, size: int, axes: tuple[str, str]) -> jax.Array:
         weight_IxO = param(self, name, (x_BxLxI.shape[-1], size), axes, fan_in(), inputs=axes[:1])
-        return jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO)
+        return linear(x_BxLxI, weight_IxO)
 
     def _normed(self, name: str, x_BxLxN: jax.Array, axis: str) -> jax.Array:
         if not self.cfg.norms:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import linear
 from kernels.ssd import ssd
 from research import sharding
 from research.config import MixerConfig, Positive, PositiveFloat
@@ -78,7 +79,7 @@ class Mamba2Mixer(nn.Module):
         y_BxLxHxK += skip_H.astype(u_BxLxHxK.dtype)[:, None] * u_BxLxHxK
         y_BxLxHxK = self._gated_norm(y_BxLxHxK, z_BxLxHxK)
         output_HxKxD = param(self, "output", (heads, cfg.head_dim, dim), (*HEADS, "embed"), fan_in(), inputs=HEADS)
-        y_BxLxD = jnp.einsum("blhk,hkd->bld", y_BxLxHxK, output_HxKxD)
+        y_BxLxD = linear(y_BxLxHxK, output_HxKxD, 2)
         if state is None:
             return y_BxLxD, None, {}
         state = {"conv_BxPxHxK": conv_BxPxHxK, "b_BxPxGxN": b_BxPxGxN, "c_BxPxGxN": c_BxPxGxN, "h_BxHxKxN": h_BxHxKxN}
@@ -86,7 +87,7 @@ class Mamba2Mixer(nn.Module):
 
     def _project(self, name: str, x_BxLxD: jax.Array, sizes: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
         weight_Dxx = param(self, name, (x_BxLxD.shape[-1], *sizes), ("embed", *axes), fan_in(), inputs=("embed",))
-        return jnp.tensordot(x_BxLxD, weight_Dxx, 1)
+        return linear(x_BxLxD, weight_Dxx)
 
     def _convolved(self, name, x_BxLxD, sizes, axes, ctx: Context, state: dict | None, key: str):
         last_BxPxx = None if state is None else state[key]

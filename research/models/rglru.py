@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.convolution import causal_convolution
+from kernels.linear import linear
 from kernels.linear_recurrence import linear_recurrence
 from research import sharding
 from research.config import MixerConfig, Positive
@@ -118,7 +119,7 @@ class RgLruMixer(nn.Module):
         h_BxLxHxK, *new = kernel(x_BxLxHxK, ctx.positions_BxL, ctx.segment_ids_BxL, *own, *weights.values())
         output_HxKxD = param(self, "output", (H, K, dim), (*channels, "embed"), fan_in(math.sqrt(2.0 / cfg.depth)),
                              inputs=channels)
-        y_BxLxD = jnp.einsum("blhk,hkd->bld", h_BxLxHxK.astype(x_BxLxD.dtype) * gate_BxLxHxK, output_HxKxD)
+        y_BxLxD = linear(h_BxLxHxK.astype(x_BxLxD.dtype) * gate_BxLxHxK, output_HxKxD, 2)
         y_BxLxD += param(self, "output_bias", (dim,), ("embed",), zeros, role="vector").astype(y_BxLxD.dtype)
         return y_BxLxD, None if state is None else dict(zip(self.state_axes(cfg), new)), {}
 
@@ -126,7 +127,7 @@ class RgLruMixer(nn.Module):
         dim, shape, axes = x_BxLxD.shape[-1], self.cfg.shape(x_BxLxD.shape[-1]), ("heads", "head_dim")
         weight_DxHxK = param(self, name, (dim, *shape), ("embed", *axes), fan_in(), inputs=("embed",))
         bias_HxK = param(self, f"{name}_bias", shape, axes, zeros, role="vector")
-        return jnp.einsum("bld,dhk->blhk", x_BxLxD, weight_DxHxK) + bias_HxK.astype(x_BxLxD.dtype)
+        return linear(x_BxLxD, weight_DxHxK) + bias_HxK.astype(x_BxLxD.dtype)
 
     @staticmethod
     def init_state(cfg: RgLru, batch: int, dim: int, max_len: int, dtype: jnp.dtype) -> dict:

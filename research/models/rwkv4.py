@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import linear
 from kernels.wkv import Sums, empty, wkv
 from research import sharding
 from research.config import MixerConfig, Positive
@@ -70,7 +71,7 @@ class _Mix(nn.Module):
 
     def linear(self, name: str, x_BxLxI: jax.Array, size: int, axes: tuple[str, str], init: Initializer) -> jax.Array:
         weight_IxO = param(self, name, (x_BxLxI.shape[-1], size), axes, init, inputs=axes[:1])
-        return jnp.einsum("bli,io->blo", x_BxLxI, weight_IxO)
+        return linear(x_BxLxI, weight_IxO)
 
 
 def _wkv(k_BxLxN, v_BxLxN, time_decay_N, time_first_N, positions_BxL, segment_ids_BxL, *sums) -> tuple[jax.Array, ...]:

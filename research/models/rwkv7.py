@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.linear import linear
 from kernels.wkv7 import wkv7
 from research import sharding
 from research.config import MixerConfig, Positive
@@ -144,7 +145,7 @@ class Rwkv7TimeMixMixer(_Mix):
         y_BxLxHxK = (y_BxLxHxK * g_BxLxHxK).astype(x_BxLxD.dtype)
         output_HxKxD = param(self, "output", (*y_BxLxHxK.shape[2:], D), ("heads", "head_dim", "embed"), zeros,
                              inputs=("heads", "head_dim"))
-        y_BxLxD = jnp.einsum("blhk,hkd->bld", y_BxLxHxK, output_HxKxD)
+        y_BxLxD = linear(y_BxLxHxK, output_HxKxD, 2)
         state = None if state is None else {"last_BxD": last_BxD, "s_BxHxKxK": s_BxHxKxK}
         return y_BxLxD, state, {"shared": {**ctx.shared, FIRST_VALUE: first_BxLxN}}
 
@@ -155,7 +156,7 @@ class Rwkv7TimeMixMixer(_Mix):
     def _heads(self, name: str, x_BxLxD: jax.Array, init: Initializer) -> jax.Array:
         dim, width = x_BxLxD.shape[-1], self.cfg.head_dim
         weight_DxHxK = param(self, name, (dim, dim // width, width), ("embed", "heads", "head_dim"), init, inputs=("embed",))
-        return jnp.einsum("bld,dhk->blhk", x_BxLxD, weight_DxHxK)
+        return linear(x_BxLxD, weight_DxHxK)
 
     def _vector(self, name: str, dim: int, init: Initializer) -> jax.Array:
         """float32, one number a channel."""
@@ -169,8 +170,8 @@ class Rwkv7TimeMixMixer(_Mix):
         first_DxR = param(self, f"{part}1", (dim, rank), ("embed", "rank"), zeros, inputs=("embed",))
         second_RxHxK = param(self, f"{part}2", (rank, dim // width, width), ("rank", "heads", "head_dim"), orthogonal(0.1),
                              inputs=("rank",))
-        h_BxLxR = activation(jnp.einsum("bld,dr->blr", x_BxLxD, first_DxR))
-        return jnp.einsum("blr,rhk->blhk", h_BxLxR, second_RxHxK).astype(jnp.float32)
+        h_BxLxR = activation(linear(x_BxLxD, first_DxR))
+        return linear(h_BxLxR, second_RxHxK).astype(jnp.float32)
 
     def _group_norm(self, y_BxLxHxK: jax.Array, late: jax.Array) -> jax.Array:
         """LayerNorm of each head by itself."""
@@ -210,8 +211,8 @@ class Rwkv7ChannelMixMixer(_Mix):
         k_BxLxD = self.mixed("k", x_BxLxD, previous_BxLxD, late**4)
         key_DxF = param(self, "key", (dim, hidden), ("embed", "mlp"), uniform(0.5), inputs=("embed",))
         value_FxD = param(self, "value", (hidden, dim), ("mlp", "embed"), zeros, inputs=("mlp",))
-        h_BxLxF = jnp.square(nn.relu(jnp.einsum("bld,df->blf", k_BxLxD, key_DxF)))
-        y_BxLxD = jnp.einsum("blf,fd->bld", h_BxLxF, value_FxD)
+        h_BxLxF = jnp.square(nn.relu(linear(k_BxLxD, key_DxF)))
+        y_BxLxD = linear(h_BxLxF, value_FxD)
         return y_BxLxD, None if state is None else {"last_BxD": last_BxD}, {}
 
     @staticmethod

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.convolution import causal_convolution
+from kernels.linear import linear
 from research import sharding
 from research.models.context import Context
 from research.params import Initializer, fan_in, param
@@ -74,5 +75,5 @@ def gated_output(module: nn.Module, y_BxLxI: jax.Array, dim: int) -> jax.Array:
     value_IxD, gate_IxD = (
         param(module, name, (y_BxLxI.shape[-1], dim), ("mlp", "embed"), fan_in(), inputs=("mlp",))
         for name in ("output", "output_gate"))
-    gate_BxLxD = nn.sigmoid(jnp.einsum("bli,id->bld", y_BxLxI, gate_IxD))
-    return jnp.einsum("bli,id->bld", y_BxLxI, value_IxD) * gate_BxLxD
+    gate_BxLxD = nn.sigmoid(linear(y_BxLxI, gate_IxD))
+    return linear(y_BxLxI, value_IxD) * gate_BxLxD

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
-
-from kernels.pallas_flops import PALLAS_FLOPS
 
 # Flops of one call of a Pallas kernel: a number, or a function of the shapes and dtypes of its operands.
 PallasFlops = Mapping[str, float | Callable[..., float]]
@@ -27,7 +26,7 @@ def count_flops(
     fn: Callable[..., Any],
     *args: Any,
     platform: str | None = None,
-    pallas_flops: PallasFlops | None = None,
+    pallas_flops: PallasFlops = MappingProxyType({}),
 ) -> float:
     """Flops of `fn(*args)` in matrix products and convolutions, a multiply-add counting as two.
 
@@ -44,8 +43,8 @@ def count_flops(
     Args:
       platform: "tpu", "cuda", "cpu", ... or None for the default branch (the first, if there is no default).
       pallas_flops: by the kernel's `name`, the flops of one call, or a function that gives them from the
-          operands (each with shape and dtype); None: our own kernels'. A kernel that isn't there counts by its own
-          `cost_estimate` (attention's: all pairs, visible or not, as its portable form multiplies).
+          operands (each with shape and dtype). A kernel that isn't there counts by its own `cost_estimate`, as ours
+          do: what their portable form multiplies (attention's: all pairs, visible or not).
 
     Raises:
       ValueError: a while loop that multiplies matrices, a Pallas kernel that says nothing of its flops, or a primitive
@@ -54,7 +53,7 @@ def count_flops(
     The yardstick (Kaplan et al. 2020, section 2.1): training a stack of N weights on D tokens is 6ND.
     """
     closed = jax.make_jaxpr(fn)(*args)
-    return _count(closed.jaxpr, platform, PALLAS_FLOPS if pallas_flops is None else pallas_flops)
+    return _count(closed.jaxpr, platform, pallas_flops)
 
 
 def _count(jaxpr: Any, platform: str | None, pallas_flops: PallasFlops) -> float:
