@@ -89,7 +89,7 @@ def _convolve(xs, taps, positions_BxL, segment_ids_BxL, states) -> tuple[list[ja
     y_BxLxC, state_BxPxC = causal_convolution(
         joined(xs), joined(taps), positions_BxL=positions_BxL, segment_ids_BxL=segment_ids_BxL,
         state_BxPxC=None if states[0] is None else joined(states))
-    return parted(jax.nn.silu(y_BxLxC)), parted(state_BxPxC)
+    return parted(jax.checkpoint(jax.nn.silu, prevent_cse=False)(y_BxLxC)), parted(state_BxPxC)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -120,11 +120,16 @@ class GatedDeltaMixer(nn.Module):
         own = [None] * 4 if state is None else [state[name] for name in self.state_axes(cfg)]
         y_BxLxHxV, *new = self._remember(*projected, *kernels, log_decay_BxLxH, write_BxLxH, ctx, own)
         gain_V = param(self, "norm", y_BxLxHxV.shape[3:], ("head_dim",), ones, role="vector")
-        gate_BxLxHxV = self._project("gate", x_BxLxD, cfg.shapes()["value"], ("heads", "head_dim")).astype(jnp.float32)
-        y_BxLxHxV = rms_normalize(y_BxLxHxV, cfg.eps) * gain_V.astype(jnp.float32) * jax.nn.silu(gate_BxLxHxV)
+        gate_BxLxHxV = self._project("gate", x_BxLxD, cfg.shapes()["value"], ("heads", "head_dim"))
+
+        def gated_norm(y_BxLxHxV, gain_V, gate_BxLxHxV):
+            normed_BxLxHxV = rms_normalize(y_BxLxHxV, cfg.eps) * gain_V.astype(jnp.float32)
+            return (normed_BxLxHxV * jax.nn.silu(gate_BxLxHxV.astype(jnp.float32))).astype(x_BxLxD.dtype)
+
+        y_BxLxHxV = jax.checkpoint(gated_norm, prevent_cse=False)(y_BxLxHxV, gain_V, gate_BxLxHxV)  # keeps its inputs alone
         output_HxVxD = param(self, "output", (*y_BxLxHxV.shape[2:], dim), ("heads", "head_dim", "embed"), fan_in(),
                              inputs=("heads", "head_dim"))
-        y_BxLxD = linear(y_BxLxHxV.astype(x_BxLxD.dtype), output_HxVxD, 2)
+        y_BxLxD = linear(y_BxLxHxV, output_HxVxD, 2)
         return y_BxLxD, None if state is None else dict(zip(self.state_axes(cfg), new)), {}
 
     def _project(self, name: str, x_BxLxD: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:

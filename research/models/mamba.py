@@ -56,8 +56,8 @@ class MambaMixer(nn.Module):
         u_BxLxI = self._linear("input", x_BxLxD, inner, ("embed", "mlp"))
         gate_BxLxI = self._linear("gate", x_BxLxD, inner, ("embed", "mlp"))
         u_BxLxI, conv_BxPxI = short_convolution(
-            self, "conv", u_BxLxI, ("mlp",), cfg.conv, cfg.conv_bias, ctx, None if state is None else state["conv_BxPxI"])
-        u_BxLxI = nn.silu(u_BxLxI)
+            self, "conv", u_BxLxI, ("mlp",), cfg.conv, cfg.conv_bias, ctx, None if state is None else state["conv_BxPxI"],
+            nn.silu)
 
         dt_BxLxR = self._normed("dt_norm", self._linear("dt_down", u_BxLxI, rank, ("mlp", "dt_rank")), "dt_rank")
         b_BxLxN = self._normed("b_norm", self._linear("b", u_BxLxI, cfg.state, ("mlp", "state_dim")), "state_dim")

@@ -76,8 +76,7 @@ class Mamba2Mixer(nn.Module):
         h_BxHxKxN = None if state is None else state["h_BxHxKxN"]
         y_BxLxHxK, h_BxHxKxN = self._scan(u_BxLxHxK, dt_BxLxH, -jnp.exp(a_log_H.astype(jnp.float32)), b_BxLxGxN, c_BxLxGxN,
                                           ctx, h_BxHxKxN)
-        y_BxLxHxK += skip_H.astype(u_BxLxHxK.dtype)[:, None] * u_BxLxHxK
-        y_BxLxHxK = self._gated_norm(y_BxLxHxK, z_BxLxHxK)
+        y_BxLxHxK = self._gated_norm(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK)
         output_HxKxD = param(self, "output", (heads, cfg.head_dim, dim), (*HEADS, "embed"), fan_in(), inputs=HEADS)
         y_BxLxD = linear(y_BxLxHxK, output_HxKxD, 2)
         if state is None:
@@ -92,16 +91,24 @@ class Mamba2Mixer(nn.Module):
     def _convolved(self, name, x_BxLxD, sizes, axes, ctx: Context, state: dict | None, key: str):
         last_BxPxx = None if state is None else state[key]
         y, last_BxPxx = short_convolution(self, f"{name}_conv", self._project(name, x_BxLxD, sizes, axes), axes,
-                                          self.cfg.conv, self.cfg.conv_bias, ctx, last_BxPxx)
-        return nn.silu(y), last_BxPxx
+                                          self.cfg.conv, self.cfg.conv_bias, ctx, last_BxPxx, nn.silu)
+        return y, last_BxPxx
 
-    def _gated_norm(self, y_BxLxHxK: jax.Array, z_BxLxHxK: jax.Array) -> jax.Array:
-        """rms_normalize(y * silu(z)) * gain, over each group's width: the norm comes after the gate."""
+    def _gated_norm(self, y_BxLxHxK: jax.Array, u_BxLxHxK: jax.Array, skip_H: jax.Array, z_BxLxHxK: jax.Array) -> jax.Array:
+        """rms_normalize((y + skip * u) * silu(z)) * gain, over each group's width: the norm comes after the gate.
+
+        The backward pass keeps the arguments alone.
+        """
         B, L, H, K = y_BxLxHxK.shape
         gain_HxK = param(self, "norm", (H, K), HEADS, ones, role="vector").astype(jnp.float32)
-        gated_BxLxHxK = y_BxLxHxK.astype(jnp.float32) * nn.silu(z_BxLxHxK.astype(jnp.float32))
-        normed = rms_normalize(gated_BxLxHxK.reshape(B, L, self.cfg.groups, -1), self.cfg.norm_eps)
-        return (normed.reshape(B, L, H, K) * gain_HxK).astype(y_BxLxHxK.dtype)
+
+        def run(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK):
+            y_BxLxHxK += skip_H.astype(u_BxLxHxK.dtype)[:, None] * u_BxLxHxK
+            gated_BxLxHxK = y_BxLxHxK.astype(jnp.float32) * nn.silu(z_BxLxHxK.astype(jnp.float32))
+            normed = rms_normalize(gated_BxLxHxK.reshape(B, L, self.cfg.groups, -1), self.cfg.norm_eps)
+            return (normed.reshape(B, L, H, K) * gain_HxK).astype(y_BxLxHxK.dtype)
+
+        return jax.checkpoint(run, prevent_cse=False)(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK)
 
     def _scan(self, u_BxLxHxK, dt_BxLxH, a_H, b_BxLxGxN, c_BxLxGxN, ctx: Context, h_BxHxKxN) -> tuple[jax.Array, jax.Array]:
         def kernel(u, dt, a, b, c, positions, segment_ids, h):

@@ -1,6 +1,7 @@
 """What the state-space mixers share: published initial values, and the short convolution with its weights."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -44,11 +45,12 @@ def dt_bias(low: float, high: float, floor: float) -> Initializer:
 
 def short_convolution(
     module: nn.Module, name: str, x_BxLxx: jax.Array, axes: tuple[str, ...], width: int, bias: bool, ctx: Context,
-    state_BxPxx: jax.Array | None,
+    state_BxPxx: jax.Array | None, activation: Callable[[jax.Array], jax.Array] = lambda y: y,
 ) -> tuple[jax.Array, jax.Array | None]:
     """A causal depthwise convolution of x (B, L, *sizes of `axes`), and the P = width - 1 last inputs, if there is a state.
 
-    Declares `name` (width, *axes) and `name_bias`; the last row of the kernel meets the token itself.
+    Declares `name` (width, *axes) and `name_bias`; the last row of the kernel meets the token itself. The backward pass
+    keeps x alone: the rest is one pass to make again.
     """
     sizes, bound = x_BxLxx.shape[2:], 1 / math.sqrt(width)
     kernel_Wxx = param(module, name, (width, *sizes), ("conv", *axes), uniform(-bound, bound), inputs=("conv",),
@@ -64,9 +66,14 @@ def short_convolution(
     rows, channels = ("batch", None), ("batch", None, *axes)  # whole along the row: gathered under context parallelism
     run = sharding.local(run, (channels, (None, *axes), rows, rows, None if state_BxPxx is None else channels),
                          [channels, channels])
-    y_BxLxx, new_BxPxx = run(x_BxLxx, kernel_Wxx, ctx.positions_BxL, ctx.segment_ids_BxL, state_BxPxx)
-    if bias:
-        y_BxLxx += param(module, f"{name}_bias", sizes, axes, uniform(-bound, bound), role="vector").astype(y_BxLxx.dtype)
+    bias_xx = param(module, f"{name}_bias", sizes, axes, uniform(-bound, bound), role="vector") if bias else None
+
+    def finish(x_BxLxx, kernel_Wxx, bias_xx, positions_BxL, segment_ids_BxL, state_BxPxx):
+        y_BxLxx, new_BxPxx = run(x_BxLxx, kernel_Wxx, positions_BxL, segment_ids_BxL, state_BxPxx)
+        return activation(y_BxLxx if bias_xx is None else y_BxLxx + bias_xx.astype(y_BxLxx.dtype)), new_BxPxx
+
+    y_BxLxx, new_BxPxx = jax.checkpoint(finish, prevent_cse=False)(
+        x_BxLxx, kernel_Wxx, bias_xx, ctx.positions_BxL, ctx.segment_ids_BxL, state_BxPxx)
     return y_BxLxx, None if state_BxPxx is None else new_BxPxx
 
 
