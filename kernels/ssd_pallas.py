@@ -68,13 +68,13 @@ def pallas(
 def _flops(x_BxMxQxHK, dt_BxMxPxRxQ, log, b_BxMxGxQxN, *_) -> tuple[float, float]:
     """As `ssd.chunked` has them: scores once a group, though each program of HEADS heads makes its own.
 
-    Backward: two products for each of forward's, and of those the scores and what is read from the state once more.
+    Backward: two products for each of forward's, and the scores once more.
     """
     B, M, Q, lanes = x_BxMxQxHK.shape
     G, N = b_BxMxGxQxN.shape[2], b_BxMxGxQxN.shape[4]
     scores, values, state = 2.0 * B * M * Q * Q * G * N, 2.0 * B * M * Q * Q * lanes, 2.0 * B * M * Q * N * lanes
     forward = scores + values + 2 * state
-    return forward, 2 * forward + scores + state
+    return forward, 2 * forward + scores
 
 
 KERNEL = Kernel("ssd", _scores, _head, _flops)
