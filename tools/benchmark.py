@@ -206,13 +206,13 @@ def measure(name: str, config: Config, rounds: int, seconds: float, with_torch: 
 
 
 def compile_ratio() -> float:
-    """Seconds to compile 64 layers over those for 8, without the persistent cache; the less of two tries each."""
+    """Seconds to compile 64 layers over those for 8, without the persistent cache; the least of four tries each."""
     from research.config import override
     from research.training.program import make_program
 
     jax.config.update("jax_enable_compilation_cache", False)
     times: dict[int, list[float]] = {8: [], 64: []}
-    for _ in range(2):
+    for _ in range(4):
         for layers, found in times.items():
             config = override(CASES["d256"], {"model.stages.0.repeats": layers, "model.dim": 64, "train.batch_size": 2,
                                                  "model.unroll": 1})
