@@ -1,5 +1,6 @@
 """Batches for the loop, read ahead on threads (Grain) while the devices work. Its state: a sample number."""
 
+import collections
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import grain
@@ -9,7 +10,8 @@ from research.data.mixture import Mixture, Skips, Weight, sample_at
 from research.data.packing import Rows, assemble
 from research.errors import InputError
 
-_ENDLESS = 1 << 40  # steps
+_ENDLESS = 1 << 40  # blocks
+_BLOCK = 4  # batches that a thread makes in one piece: handing each over by itself takes longer than making it
 
 
 class Loader:
@@ -29,7 +31,7 @@ class Loader:
       process_index, process_count: which part; P = process_count.
       start_sample: how many samples were read before; what `next_sample` was, to resume.
       skips: samples to leave out; those that come instead count on without a gap.
-      threads, prefetch: how many threads read ahead, and how many batches.
+      threads, prefetch: how many threads read ahead, and about how many batches.
       place: what becomes of a batch, on those threads: the loop has them put on the devices.
 
     Raises:
@@ -54,22 +56,28 @@ class Loader:
         self._offset = process_index * self._local
         self._start, self._skips = start_sample, skips
         self.next_sample = start_sample
-        steps = grain.MapDataset.range(_ENDLESS).map(self._batch)
-        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        steps = steps.map(place) if place else steps
-        self._batches = iter(steps.to_iter_dataset(ahead))
+        self._place = place
+        blocks = grain.MapDataset.range(_ENDLESS).map(self._block)
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch // _BLOCK))
+        self._blocks = iter(blocks.to_iter_dataset(ahead))
+        self._ready: collections.deque = collections.deque()
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Any:
-        batch = next(self._batches)
+        if not self._ready:
+            self._ready.extend(next(self._blocks))
         self.next_sample += self._batch_size
-        return batch
+        return self._ready.popleft()
 
     def close(self) -> None:
         """Stops reading ahead. Closing twice is no error."""
-        self._batches.close()
+        self._blocks.close()
+
+    def _block(self, block: int) -> list[Any]:
+        batches = [self._batch(step) for step in range(block * _BLOCK, (block + 1) * _BLOCK)]
+        return [self._place(batch) for batch in batches] if self._place else batches
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         first = self._start + step * self._batch_size + self._offset
