@@ -69,7 +69,7 @@ def chunked(
     L = q_BxLxHxK.shape[1]
     if write_BxLxH is None:
         y_BxLxHx1xV, state_BxHx1xVxK = linear_attention(
-            q_BxLxHxK, k_BxLxHxK, v_BxLxHxV[:, :, :, None], log_decay_BxLxH[..., None],
+            q_BxLxHxK, k_BxLxHxK, v_BxLxHxV[:, :, :, None], None, log_decay_BxLxH[..., None],
             jnp.cumsum(reset_BxL, axis=1, dtype=jnp.int32), jnp.swapaxes(state_BxHxKxV, 2, 3)[:, :, None], chunk)  # fmt: skip
         return y_BxLxHx1xV[:, :, :, 0], jnp.swapaxes(state_BxHx1xVxK[:, :, 0], 2, 3)
     C = min(chunk, L)

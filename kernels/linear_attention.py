@@ -21,7 +21,8 @@ from kernels.varying import vary_alike
 def linear_attention(
     q_BxLxGxN: jax.Array,
     k_BxLxGxN: jax.Array,
-    v_BxLxGxRxK: jax.Array,
+    x_BxLxGxRxK: jax.Array,
+    scale_BxLxGxR: jax.Array | None,
     log_decay_BxLxGxR: jax.Array,
     documents_BxL: jax.Array,
     state_BxGxRxKxN: jax.Array,
@@ -30,8 +31,9 @@ def linear_attention(
     """(y_BxLxGxRxK, state_BxGxRxKxN after the row), float32. Reverse mode only (custom_vjp).
 
     Args:
-      q, k: floating; R heads share a group's. v: floating; products take their operands in its dtype and sum in float32.
-      log_decay_BxLxGxR: float32, at most 0; padding has 0, and v = 0.
+      q, k: floating; R heads share a group's. x: floating; products take their operands in its dtype and sum in float32.
+      scale_BxLxGxR: float32, v = scale * x, whatever x is where it is 0; None: v = x.
+      log_decay_BxLxGxR: float32, at most 0; padding has 0, and k = 0 or scale = 0.
       documents_BxL: int32, how many documents began up to here (`convolution.document_counts`); 0 is that of the state.
       state_BxGxRxKxN: float32.
       chunk: tokens of a chunk, Q. Memory is the arguments and, for each chunk, Q weights a token and head and one state.
@@ -41,8 +43,8 @@ def linear_attention(
 
     Sources: Dao and Gu 2024 (Mamba-2), section 6; Yang et al. 2023 (GLA), section 4 and appendix C (the gradient of decays).
     """
-    arrays = vary_alike(q_BxLxGxN, k_BxLxGxN, v_BxLxGxRxK, log_decay_BxLxGxR, state_BxGxRxKxN, documents_BxL)
-    return _attend(chunk, *arrays)
+    return _attend(chunk, *vary_alike(q_BxLxGxN, k_BxLxGxN, x_BxLxGxRxK, scale_BxLxGxR, log_decay_BxLxGxR, state_BxGxRxKxN,
+                                      documents_BxL))  # fmt: skip
 
 
 class _Chunks(NamedTuple):
@@ -128,12 +130,18 @@ def _between(kept_BxMxGxR: jax.Array, new_BxMxGxIxN: jax.Array, first_BxGxIxN: j
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(chunk, q, k, v, log_decay, state, documents):
-    return _forward(chunk, q, k, v, log_decay, state, documents)[0]
+def _attend(chunk, q, k, x, scale, log_decay, state, documents):
+    return _forward(chunk, q, k, x, scale, log_decay, state, documents)[0]
 
 
-def _forward(chunk, q, k, v, log_decay, state, documents):
-    B, L, G, R, K = v.shape
+def _written(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """v_BxLxGxRxK."""
+    return x if scale is None else jnp.where(scale[..., None] == 0, 0.0, scale[..., None] * x).astype(x.dtype)
+
+
+def _forward(chunk, q, k, x, scale, log_decay, state, documents):
+    B, L, G, R, K = x.shape
+    v = _written(x, scale)
     product, c = _product(v.dtype), _chunks(chunk, q, k, v, log_decay, documents)
     scores_BxMxGxQxS = product(c.q_BxMxGxQxN, c.k_BxMxGxQxN, (-1, -1))
     y_BxMxGxRxQxK = product(scores_BxMxGxQxS[:, :, :, None] * c.decay_BxMxGxRxQxS, _by_head(c.v_BxMxGxQxI, R))
@@ -141,13 +149,15 @@ def _forward(chunk, q, k, v, log_decay, state, documents):
     last_BxGxIxN, before_BxMxGxIxN = _between(c.kept_BxMxGxR, new_BxMxGxIxN, state.reshape(B, G, R * K, -1))
     read_BxMxGxQxI = _scaled(product(c.q_BxMxGxQxN, before_BxMxGxIxN, (-1, -1)), c.since_BxMxGxQxR)
     y = _by_token(_side_by_side(y_BxMxGxRxQxK) + read_BxMxGxQxI, L).reshape(B, L, G, R, K)
-    return (y, last_BxGxIxN.reshape(state.shape)), (q, k, v, log_decay, documents, y, before_BxMxGxIxN, last_BxGxIxN)
+    saved = q, k, x, scale, log_decay, documents, y, before_BxMxGxIxN, last_BxGxIxN
+    return (y, last_BxGxIxN.reshape(state.shape)), saved
 
 
 def _backward(chunk, saved, cotangents):
-    q, k, v, log_decay, documents, y, before_BxMxGxIxN, last_BxGxIxN = saved
+    q, k, x, scale, log_decay, documents, y, before_BxMxGxIxN, last_BxGxIxN = saved
     dy, dlast = cotangents
-    B, L, G, R, K = v.shape
+    B, L, G, R, K = x.shape
+    v = _written(x, scale)
     product, c = _product(v.dtype), _chunks(chunk, q, k, v, log_decay, documents)
     Q = c.q_BxMxGxQxN.shape[3]
     dy_BxMxGxQxI = _by_group(dy.reshape(B, L, G, -1), Q)
@@ -180,7 +190,9 @@ def _backward(chunk, saved, cotangents):
     begins_BxL = jnp.diff(documents, axis=1, prepend=0) != 0  # a first token's decay isn't used: what is left is rounding
     dlog_decay = jnp.where(begins_BxL[..., None, None], 0.0, pull(dtotal_BxMxQxH)[0].reshape(log_decay.shape))
     dq, dk = (_by_token(x, L).astype(like.dtype) for x, like in ((dq_BxMxGxQxN, q), (dk_BxMxGxQxN, k)))
-    return dq, dk, dv.astype(v.dtype), dlog_decay, dstate_BxGxIxN.reshape(dlast.shape), None
+    dscale = None if scale is None else jnp.sum(dv * x, axis=-1)
+    dx = (dv if scale is None else scale[..., None] * dv).astype(x.dtype)
+    return dq, dk, dx, dscale, dlog_decay, dstate_BxGxIxN.reshape(dlast.shape), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -61,9 +61,9 @@ def chunked(
     backward pass keeps the inputs, y and one state a chunk.
     """
     dt_BxLxGxR = jnp.where(valid_BxL[..., None, None], dt_BxLxGxR, 0.0)
-    u_BxLxGxRxK = jnp.where(valid_BxL[..., None, None, None], dt_BxLxGxR[..., None] * x_BxLxGxRxK.astype(jnp.float32), 0.0)
-    return linear_attention(c_BxLxGxN, b_BxLxGxN, u_BxLxGxRxK.astype(x_BxLxGxRxK.dtype), dt_BxLxGxR * a_GxR, documents_BxL,
-                            h_BxGxRxKxN, chunk)
+    log_decay_BxLxGxR = dt_BxLxGxR * a_GxR
+    return linear_attention(c_BxLxGxN, b_BxLxGxN, x_BxLxGxRxK, dt_BxLxGxR, log_decay_BxLxGxR, documents_BxL, h_BxGxRxKxN,
+                            chunk)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {

@@ -122,14 +122,16 @@ class GatedDeltaMixer(nn.Module):
         gain_V = param(self, "norm", y_BxLxHxV.shape[3:], ("head_dim",), ones, role="vector")
         gate_BxLxHxV = self._project("gate", x_BxLxD, cfg.shapes()["value"], ("heads", "head_dim"))
 
-        def gated_norm(y_BxLxHxV, gain_V, gate_BxLxHxV):
-            normed_BxLxHxV = rms_normalize(y_BxLxHxV, cfg.eps) * gain_V.astype(jnp.float32)
-            return (normed_BxLxHxV * jax.nn.silu(gate_BxLxHxV.astype(jnp.float32))).astype(x_BxLxD.dtype)
-
-        y_BxLxHxV = jax.checkpoint(gated_norm, prevent_cse=False)(y_BxLxHxV, gain_V, gate_BxLxHxV)  # keeps its inputs alone
         output_HxVxD = param(self, "output", (*y_BxLxHxV.shape[2:], dim), ("heads", "head_dim", "embed"), fan_in(),
                              inputs=("heads", "head_dim"))
-        y_BxLxD = linear(y_BxLxHxV, output_HxVxD, 2)
+
+        def finish(y_BxLxHxV, gain_V, gate_BxLxHxV, output_HxVxD):
+            y_BxLxHxV = rms_normalize(y_BxLxHxV, cfg.eps) * gain_V.astype(jnp.float32)
+            y_BxLxHxV *= jax.nn.silu(gate_BxLxHxV.astype(jnp.float32))
+            return linear(y_BxLxHxV.astype(x_BxLxD.dtype), output_HxVxD, 2)
+
+        # Only its inputs are kept for the backward pass: all but the product is one pass to make again.
+        y_BxLxD = jax.checkpoint(finish, prevent_cse=False)(y_BxLxHxV, gain_V, gate_BxLxHxV, output_HxVxD)
         return y_BxLxD, None if state is None else dict(zip(self.state_axes(cfg), new)), {}
 
     def _project(self, name: str, x_BxLxD: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:

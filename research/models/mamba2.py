@@ -76,9 +76,7 @@ class Mamba2Mixer(nn.Module):
         h_BxHxKxN = None if state is None else state["h_BxHxKxN"]
         y_BxLxHxK, h_BxHxKxN = self._scan(u_BxLxHxK, dt_BxLxH, -jnp.exp(a_log_H.astype(jnp.float32)), b_BxLxGxN, c_BxLxGxN,
                                           ctx, h_BxHxKxN)
-        y_BxLxHxK = self._gated_norm(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK)
-        output_HxKxD = param(self, "output", (heads, cfg.head_dim, dim), (*HEADS, "embed"), fan_in(), inputs=HEADS)
-        y_BxLxD = linear(y_BxLxHxK, output_HxKxD, 2)
+        y_BxLxD = self._output(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, dim)
         if state is None:
             return y_BxLxD, None, {}
         state = {"conv_BxPxHxK": conv_BxPxHxK, "b_BxPxGxN": b_BxPxGxN, "c_BxPxGxN": c_BxPxGxN, "h_BxHxKxN": h_BxHxKxN}
@@ -94,21 +92,22 @@ class Mamba2Mixer(nn.Module):
                                           self.cfg.conv, self.cfg.conv_bias, ctx, last_BxPxx, nn.silu)
         return y, last_BxPxx
 
-    def _gated_norm(self, y_BxLxHxK: jax.Array, u_BxLxHxK: jax.Array, skip_H: jax.Array, z_BxLxHxK: jax.Array) -> jax.Array:
-        """rms_normalize((y + skip * u) * silu(z)) * gain, over each group's width: the norm comes after the gate.
+    def _output(self, y_BxLxHxK, u_BxLxHxK, skip_H: jax.Array, z_BxLxHxK: jax.Array, dim: int) -> jax.Array:
+        """(rms_normalize((y + skip * u) * silu(z)) * gain) @ output, normed over each group's width, after the gate.
 
-        The backward pass keeps the arguments alone.
+        The backward pass keeps the arguments alone: the rest, but for the product, is one pass to make again.
         """
         B, L, H, K = y_BxLxHxK.shape
         gain_HxK = param(self, "norm", (H, K), HEADS, ones, role="vector").astype(jnp.float32)
+        output_HxKxD = param(self, "output", (H, K, dim), (*HEADS, "embed"), fan_in(), inputs=HEADS)
 
-        def run(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK):
+        def run(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK, output_HxKxD):
             y_BxLxHxK += skip_H.astype(u_BxLxHxK.dtype)[:, None] * u_BxLxHxK
             gated_BxLxHxK = y_BxLxHxK.astype(jnp.float32) * nn.silu(z_BxLxHxK.astype(jnp.float32))
             normed = rms_normalize(gated_BxLxHxK.reshape(B, L, self.cfg.groups, -1), self.cfg.norm_eps)
-            return (normed.reshape(B, L, H, K) * gain_HxK).astype(y_BxLxHxK.dtype)
+            return linear((normed.reshape(B, L, H, K) * gain_HxK).astype(y_BxLxHxK.dtype), output_HxKxD, 2)
 
-        return jax.checkpoint(run, prevent_cse=False)(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK)
+        return jax.checkpoint(run, prevent_cse=False)(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK, output_HxKxD)
 
     def _scan(self, u_BxLxHxK, dt_BxLxH, a_H, b_BxLxGxN, c_BxLxGxN, ctx: Context, h_BxHxKxN) -> tuple[jax.Array, jax.Array]:
         def kernel(u, dt, a, b, c, positions, segment_ids, h):
