@@ -144,7 +144,7 @@ def test_the_last_line_of_the_log(three_launches, tmp_path, caplog):
     workdir, _, _ = three_launches
     config = override(preset("debug"), {"data.cache_dir": str(tmp_path / "cache"), "model.dim": 16, "train.steps": 2,
                                         "optim.warmup_steps": 0})
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     run(config, Launch(str(tmp_path / "run"), preset("debug"), quiet=True))
     ours = [record.getMessage() for record in caplog.records  # of this thread: others may be left of other tests
             if "research" in record.pathname and record.thread == threading.get_ident()]
