@@ -12,6 +12,17 @@ def split(x_BxLx: jax.Array, Q: int, mode: str = "constant") -> jax.Array:
     return x_BxLx.reshape(x_BxLx.shape[0], -1, Q, *x_BxLx.shape[2:])
 
 
+def chunks_first(x_BxLx: jax.Array, Q: int) -> jax.Array:
+    """x_MxBxQx, for a scan over chunks; the last one is filled up with zeros."""
+    return jnp.moveaxis(split(x_BxLx, Q), 1, 0)
+
+
+def join(x_MxBxQx: jax.Array, L: int) -> jax.Array:
+    """The inverse of `chunks_first`."""
+    x_BxMxQx = jnp.moveaxis(x_MxBxQx, 0, 1)
+    return x_BxMxQx.reshape(x_BxMxQx.shape[0], -1, *x_BxMxQx.shape[3:])[:, :L]
+
+
 def chunk_documents(documents_BxL: jax.Array, Q: int) -> tuple[jax.Array, jax.Array]:
     """(documents_BxMxQ, old_BxMxQ: whether it is that of the state before the chunk), int32, from how many documents began
     up to here (`convolution.document_counts`). What fills the last chunk up belongs to the last."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.selective_scan import join, split
+from kernels.chunks import chunks_first, join
 
 CHUNK = 64  # tokens whose (B, C * M, N) states are alive at one time in `chunked`
 
@@ -60,7 +60,7 @@ def chunked(
         _, h = jax.lax.associative_scan(then, (decay, inputs), axis=1)
         return (h[0][:, -1], h[1][:, -1]), _read("bqcn,cn->bqc", h, c_CxN)
 
-    tokens = tuple(split(x, Q) for x in (u_BxLxC, first_BxL, valid_BxL))
+    tokens = tuple(chunks_first(x, Q) for x in (u_BxLxC, first_BxL, valid_BxL))
     h_BxCxN, y = jax.lax.scan(chunk, h_BxCxN, tokens)
     return join(y, L), h_BxCxN
 

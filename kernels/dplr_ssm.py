@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.chunks import chunks_first, join
 from kernels.diagonal_ssm import Pair, multiply
-from kernels.selective_scan import join, split
 
 CHUNK = 64  # tokens whose states are kept at one time by `chunked`, in the backward pass
 EXACT = jax.lax.Precision.HIGHEST
@@ -95,7 +95,7 @@ def chunked(
         y, h = reference(*tokens[:1], system, *tokens[1:], h)
         return h, y
 
-    tokens = tuple(split(x, min(CHUNK, L)) for x in (u_BxLxC, first_BxL, valid_BxL))
+    tokens = tuple(chunks_first(x, min(CHUNK, L)) for x in (u_BxLxC, first_BxL, valid_BxL))
     h_BxCxN, y = jax.lax.scan(chunk, h_BxCxN, tokens)
     return join(y, L), h_BxCxN
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import gated_delta_pallas
+from kernels.chunks import chunks_first
 from kernels.linear_attention import linear_attention
 from kernels.lowering import on_tpu
 
@@ -74,10 +75,7 @@ def chunked(
         return y_BxLxHx1xV[:, :, :, 0], jnp.swapaxes(state_BxHx1xVxK[:, :, 0], 2, 3)
     C = min(chunk, L)
 
-    def split(x_BxLxH: jax.Array) -> jax.Array:
-        """What fills the last chunk up is padding: k = 0, log_decay = 0, no reset."""
-        x_BxLxH = jnp.pad(x_BxLxH, [(0, 0), (0, -L % C)] + [(0, 0)] * (x_BxLxH.ndim - 2))
-        return jnp.moveaxis(x_BxLxH.reshape(x_BxLxH.shape[0], -1, C, *x_BxLxH.shape[2:]), 0, 1)
+    split = functools.partial(chunks_first, Q=C)  # what fills the last chunk up is padding: k = 0, log_decay = 0, no reset
 
     def heads_first(x_NxBxCxH: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_NxBxCxH, 3, 2)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import selective_scan_pallas
+from kernels.chunks import chunks_first, join
 from kernels.lowering import on_tpu
 
 CHUNK = 64  # tokens whose (B, I, N) states are alive at one time in `chunked` and `pallas`
@@ -63,7 +64,7 @@ def chunked(
         return h_BxQxIxN[:, -1], jnp.einsum("bqin,bqn->bqi", h_BxQxIxN, c_BxQxN.astype(jnp.float32))
 
     tokens = (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, valid_BxL)
-    h_BxIxN, y_MxBxQxI = jax.lax.scan(chunk, h_BxIxN, tuple(split(x, Q) for x in tokens))
+    h_BxIxN, y_MxBxQxI = jax.lax.scan(chunk, h_BxIxN, tuple(chunks_first(x, Q) for x in tokens))
     return join(y_MxBxQxI, L), h_BxIxN
 
 
@@ -80,18 +81,6 @@ def then(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
     """h -> a2 * (a1 * h + b1) + b2, for an associative scan."""
     (a1, b1), (a2, b2) = first, second
     return a1 * a2, a2 * b1 + b2
-
-
-def split(x_BxLx: jax.Array, Q: int) -> jax.Array:
-    """M chunks of Q tokens, in front: x_MxBxQx; the last one is filled up with zeros (not valid, not first)."""
-    x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -x_BxLx.shape[1] % Q)] + [(0, 0)] * (x_BxLx.ndim - 2))
-    return jnp.moveaxis(x_BxLx.reshape(x_BxLx.shape[0], -1, Q, *x_BxLx.shape[2:]), 1, 0)
-
-
-def join(x_MxBxQx: jax.Array, L: int) -> jax.Array:
-    """The inverse of `split`."""
-    x_BxMxQx = jnp.moveaxis(x_MxBxQx, 0, 1)
-    return x_BxMxQx.reshape(x_BxMxQx.shape[0], -1, *x_BxMxQx.shape[3:])[:, :L]
 
 
 def pallas(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:

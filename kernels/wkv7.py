@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import wkv7_pallas
+from kernels.chunks import chunks_first
 from kernels.lowering import on_tpu
 
 
@@ -67,11 +68,7 @@ def chunked(
     L = r_BxLxHxK.shape[1]
     C = min(chunk, L)
 
-    def split(x_BxLx: jax.Array) -> jax.Array:
-        """What fills the last chunk up is padding."""
-        x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -L % C)] + [(0, 0)] * (x_BxLx.ndim - 2))
-        return jnp.moveaxis(x_BxLx.reshape(x_BxLx.shape[0], -1, C, *x_BxLx.shape[2:]), 0, 1)
-
+    split = functools.partial(chunks_first, Q=C)  # what fills the last chunk up is padding
     arrays = (r_BxLxHxK, log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxV, key_BxLxHxK, removal_BxLxHxK)
     r, log_decay, k, v, key, removal = (jnp.moveaxis(split(x), 3, 2) for x in arrays)  # NxBxHxCxK
     documents_NxBx1xC = jnp.cumsum(split(reset_BxL), axis=2)[:, :, None]
