@@ -1,5 +1,7 @@
 """What `tools.benchmark` measures besides the step: data, start-up, checkpoints, and the loss's memory."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -10,34 +12,26 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from typing import Any, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from configs import PRESETS
 from research.config import override
-from research.schema import GOODPUT_FILE, LEDGER_PREFIX, Config
+from research.schema import LEDGER_PREFIX, Config
+from research.training.program import Program, make_program
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring for each program that XLA compiles
 
 
 def running(config: Config, steps: int = 40) -> dict[str, float]:
     """Steps with the real loader, as the loop takes them: share of time waiting for data, programs compiled after step 1."""
-    from research.data import pipeline
-    from research.data.loader import Loader
-    from research.training.loop import put_batch
-    from research.training.program import make_program
-    from research.training.state import init_state
-
-    data = pipeline.prepare(config.data, config.model.vocab_size, config.seed, quiet=True)
     program = make_program(config)
     compiled = program.compile()
-    state = init_state(program.model.init, program.optimizer, program.layout, config.seed)
-    loader = Loader(data.train, data.weights, config.seed, config.train.batch_size, config.train.microbatches,
-                    place=functools.partial(put_batch, sharding=program.layout.batch()))
+    state, loader = _bare_parts(program)
     programs: list[float] = []
 
     def note(event: str, duration: float, **_: Any) -> None:
@@ -62,29 +56,95 @@ def running(config: Config, steps: int = 40) -> dict[str, float]:
     return {"data_wait_share": waited / took, "recompilations": len(programs), "steps": steps, "step_seconds": took / steps}
 
 
-def watched(rounds: int, steps: int = 200) -> dict[str, Any]:
+def watched(rounds: int, block: int = 20, save_every: int = 100) -> dict[str, Any]:
     """What guard, logs, TensorBoard, goodput and a save each 100 steps cost a run of the quickstart that no fault happens to.
 
-    In turns: `steps` steps of experiments.train, by its goodput (training, waiting for data, kept by saves), and the bare loop
-    of `running` (loader, compiled step, the loss read a step late). `slowdown`: median of the paired ratios, less one.
+    One process: after each `block` steps of `loop.run` come as many of the bare loop (loader, the same compiled step, the loss
+    read a step late), so that a slow moment of a shared machine hits both. They change places half a block after a save is
+    due, when its writing is over. `slowdown`: from the mean log ratio of rounds of `save_every` steps; with its 95% interval.
     """
-    found: dict[str, list[float]] = {"bare": [], "run": []}
-    settings = {"train.steps": str(steps), "optim.warmup_steps": "5", "train.eval_every": "0", "train.sample_every": "0",
-                "checkpoint.every_steps": str(steps // 2)}
-    config = override(PRESETS["quickstart"](), settings)
-    command = [sys.executable, "-m", "experiments.train", "--config=quickstart",
-               *(f"--set={name}={value}" for name, value in settings.items())]
-    for number in range(rounds):
-        found["bare"].append(running(config, steps)["step_seconds"])
-        with tempfile.TemporaryDirectory() as directory:
-            subprocess.run([*command, f"--workdir={directory}/run"], check=True, capture_output=True)
-            seconds = json.loads(pathlib.Path(directory, "run", GOODPUT_FILE).read_text())["seconds"]
-            blocked = sum(row["blocked_seconds"] for row in _rows(pathlib.Path(directory, "run"), LEDGER_PREFIX)
-                          if row["event"] == "saved")
-            found["run"].append((seconds["training"] + seconds["data_wait"] + blocked) / steps)
-        logging.info("round %d/%d: bare %.1f ms a step, run %.1f ms", number + 1, rounds, 1e3 * found["bare"][-1],
-                     1e3 * found["run"][-1])
-    return {"slowdown": statistics.median(b / a for a, b in zip(found["bare"], found["run"])) - 1, "rounds": found}
+    from research.evaluation.statistics import over_seeds
+    from research.training import loop
+    from research.training.session import Launch
+
+    config = override(PRESETS["quickstart"](), {
+        "train.steps": str((rounds + 1) * save_every + block), "optim.warmup_steps": "5", "train.eval_every": "0",
+        "train.sample_every": "0", "checkpoint.every_steps": str(save_every)})
+    found: dict[str, list[float]] = {"run": [], "bare": []}
+    make_program = loop.make_program
+
+    def make_watched(*arguments: Any) -> Any:
+        program = make_program(*arguments)
+        return _Alternating(**{field.name: getattr(program, field.name) for field in dataclasses.fields(program)}, block=block,
+                            found=found)
+
+    with tempfile.TemporaryDirectory() as directory, unittest.mock.patch.object(loop, "make_program", make_watched):
+        loop.run(config, Launch(workdir=directory + "/run", preset=PRESETS["quickstart"]()))
+    blocks = save_every // block
+    # A round: from half a block after a save to the next such place; what came before the first one warms up.
+    seconds = {side: [sum(times[i:i + blocks]) for i in range(blocks, len(times) - blocks + 1, blocks)]
+               for side, times in found.items()}
+    estimate = over_seeds(np.log(seconds["run"]) - np.log(seconds["bare"])) if rounds > 1 else None
+    ratios = [run / bare - 1 for run, bare in zip(seconds["run"], seconds["bare"])]
+    return {"slowdown": float(np.expm1(estimate.value)) if estimate else ratios[0],
+            "low": float(np.expm1(estimate.low)) if estimate else None,
+            "high": float(np.expm1(estimate.high)) if estimate else None, "rounds": ratios, "seconds": seconds,
+            "steps_a_round": save_every}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alternating(Program):
+    """A program whose compiled step lets the bare loop take its turns, and appends the seconds of both sides' blocks."""
+
+    block: int
+    found: dict[str, list[float]]
+
+    def compile(self, frozen: Any = None) -> Any:
+        compiled = super().compile(frozen)
+        bare, count, began = _bare_steps(compiled, *_bare_parts(self)), 0, 0.0
+
+        def step(state: Any, frozen: Any, batch: Any) -> Any:
+            nonlocal count, began
+            if count % self.block == self.block // 2:
+                jax.block_until_ready(state)
+                if count > self.block:  # the first block is not a whole one
+                    self.found["run"].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                for _ in range(self.block):
+                    last = next(bare)
+                jax.block_until_ready(last)
+                if count > self.block:
+                    self.found["bare"].append(time.perf_counter() - began)
+                began = time.perf_counter()
+            count += 1
+            return compiled(state, frozen, batch)
+
+        return step
+
+
+def _bare_steps(compiled: Any, state: Any, loader: Any) -> Iterator[Any]:
+    """The state after each step of the loop without anything that watches it."""
+    with contextlib.closing(loader):
+        pending: Any = {}
+        for batch in loader:
+            state, metrics = compiled(state, None, batch)
+            jax.device_get(pending)  # of the step before, as the loop does
+            pending = metrics
+            yield state
+
+
+def _bare_parts(program: Program) -> tuple[Any, Any]:
+    """A fresh state and a loader that puts its batches in place."""
+    from research.data import pipeline
+    from research.data.loader import Loader
+    from research.training.loop import put_batch
+    from research.training.state import init_state
+
+    config = program.config
+    data = pipeline.prepare(config.data, config.model.vocab_size, config.seed, quiet=True)
+    state = init_state(program.model.init, program.optimizer, program.layout, config.seed)
+    return state, Loader(data.train, data.weights, config.seed, config.train.batch_size, config.train.microbatches,
+                         place=functools.partial(put_batch, sharding=program.layout.batch()))
 
 
 def loss_memory(tokens: int = 4096, dim: int = 256) -> dict[str, Any]:
