@@ -1,4 +1,4 @@
-"""Cross entropy from hidden states: the definition, and a form that never holds the logits.
+"""Cross entropy from hidden states: the definition, and two forms that never hold the logits.
 
 `reference` is the definition. Every other row of IMPLEMENTATIONS gives the same values and gradients: the
 tests hold all of them to one float64 oracle.
@@ -6,15 +6,18 @@ tests hold all of them to one float64 oracle.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kernels.chunks import chunks_first, join
 from kernels.varying import vary_alike
 
 MAX_CHUNK_LOGITS = 2**27  # float32 logits alive at one time: half a GiB
+MAX_BLOCK_LOGITS = 2**25  # of a block of words, for all tokens: 128 MiB
 
 
 class Rule(NamedTuple):
@@ -24,6 +27,8 @@ class Rule(NamedTuple):
     softcap: float | None
     z_loss: float
     chunk: int
+    block: int
+    split_over: tuple[str, ...]
 
 
 def logits(
@@ -59,6 +64,18 @@ def _score(logits_BxLxV: jax.Array, targets_BxL: jax.Array) -> tuple[jax.Array, 
 
 def _total(nll_BxL: jax.Array, lse_BxL: jax.Array, weights_BxL: jax.Array, z_loss: float) -> jax.Array:
     return jnp.sum(weights_BxL * (nll_BxL + z_loss * lse_BxL**2))
+
+
+def _dlogits(logits_BxLxV, lse_BxL, target_BxLxV, weights_BxL, rule: Rule) -> jax.Array:
+    """The derivative of `_total` for what comes out of the product, before scale and soft cap.
+
+    Of nll + z_loss * lse^2, where dlse is the softmax p: p * (1 + 2 * z_loss * lse) - one_hot(target).
+    """
+    p_BxLxV = jnp.exp(logits_BxLxV - lse_BxL[..., None])
+    d_BxLxV = p_BxLxV * (1 + 2 * rule.z_loss * lse_BxL)[..., None] - target_BxLxV
+    if rule.softcap is not None:
+        d_BxLxV *= 1 - (logits_BxLxV / rule.softcap) ** 2  # d tanh = 1 - tanh^2
+    return d_BxLxV * (rule.logit_scale * weights_BxL)[..., None]
 
 
 def reference(
@@ -106,17 +123,6 @@ def chunked(
     return run(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL)
 
 
-def _split(x_BxLx: jax.Array, chunk: int) -> jax.Array:
-    """x_NxBxCx: N chunks of C tokens of every row, the last filled up with zeros."""
-    x_BxLx = jnp.pad(x_BxLx, [(0, 0), (0, -x_BxLx.shape[1] % chunk)] + [(0, 0)] * (x_BxLx.ndim - 2))
-    return jnp.moveaxis(x_BxLx.reshape(x_BxLx.shape[0], -1, chunk, *x_BxLx.shape[2:]), 1, 0)
-
-
-def _join(x_NxBxCx: jax.Array, length: int) -> jax.Array:
-    x_BxNxCx = jnp.moveaxis(x_NxBxCx, 0, 1)
-    return x_BxNxCx.reshape(x_BxNxCx.shape[0], -1, *x_BxNxCx.shape[3:])[:, :length]
-
-
 def _forward_only(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule: Rule):
     """(loss_sum, nll_BxL, correct_BxL)"""
     unembedding_DxV = unembedding_DxV.astype(hidden_BxLxD.dtype)  # once, not in every chunk
@@ -125,8 +131,8 @@ def _forward_only(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule:
         hidden_BxCxD, targets_BxC = chunk
         return _score(logits(hidden_BxCxD, unembedding_DxV, rule.logit_scale, rule.softcap), targets_BxC)
 
-    scores = jax.lax.map(body, (_split(hidden_BxLxD, rule.chunk), _split(targets_BxL, rule.chunk)))
-    nll_BxL, lse_BxL, correct_BxL = (_join(x, targets_BxL.shape[1]) for x in scores)
+    scores = jax.lax.map(body, (chunks_first(hidden_BxLxD, rule.chunk), chunks_first(targets_BxL, rule.chunk)))
+    nll_BxL, lse_BxL, correct_BxL = (join(x, targets_BxL.shape[1]) for x in scores)
     return _total(nll_BxL, lse_BxL, weights_BxL, rule.z_loss), nll_BxL, correct_BxL
 
 
@@ -140,15 +146,8 @@ def _with_gradients(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rul
         logits_BxCxV = logits(hidden_BxCxD, unembedding_DxV, rule.logit_scale, rule.softcap)
         nll_BxC, lse_BxC, correct_BxC = _score(logits_BxCxV, targets_BxC)
 
-        # d/dlogits of nll + z_loss * lse^2, where dlse is the softmax p:
-        # p * (1 + 2 * z_loss * lse) - one_hot(target)
-        p_BxCxV = jnp.exp(logits_BxCxV - lse_BxC[..., None])
-        target_BxCxV = jnp.arange(p_BxCxV.shape[-1]) == targets_BxC[..., None]
-        d_BxCxV = p_BxCxV * (1 + 2 * rule.z_loss * lse_BxC)[..., None] - target_BxCxV
-        if rule.softcap is not None:
-            d_BxCxV *= 1 - (logits_BxCxV / rule.softcap) ** 2  # d tanh = 1 - tanh^2
-        d_BxCxV = (d_BxCxV * (rule.logit_scale * weights_BxC)[..., None]).astype(dtype)
-
+        target_BxCxV = jnp.arange(logits_BxCxV.shape[-1]) == targets_BxC[..., None]
+        d_BxCxV = _dlogits(logits_BxCxV, lse_BxC, target_BxCxV, weights_BxC, rule).astype(dtype)
         dhidden_BxCxD = jnp.einsum(
             "bcv,dv->bcd", d_BxCxV, unembedding_DxV, preferred_element_type=jnp.float32
         )
@@ -158,16 +157,102 @@ def _with_gradients(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rul
         return dunembedding_DxV, (nll_BxC, lse_BxC, correct_BxC, dhidden_BxCxD.astype(dtype))
 
     zeros_DxV = jnp.zeros_like(unembedding_DxV, dtype=jnp.float32)
-    chunks = tuple(_split(x, rule.chunk) for x in (hidden_BxLxD, targets_BxL, weights_BxL))
+    chunks = tuple(chunks_first(x, rule.chunk) for x in (hidden_BxLxD, targets_BxL, weights_BxL))
     dunembedding_DxV, results = jax.lax.scan(body, zeros_DxV, chunks)
-    nll_BxL, lse_BxL, correct_BxL, dhidden_BxLxD = (_join(x, targets_BxL.shape[1]) for x in results)
+    nll_BxL, lse_BxL, correct_BxL, dhidden_BxLxD = (join(x, targets_BxL.shape[1]) for x in results)
     loss_sum = _total(nll_BxL, lse_BxL, weights_BxL, rule.z_loss)
     return (loss_sum, nll_BxL, correct_BxL), (dhidden_BxLxD, dunembedding_DxV)
+
+
+def blocked(
+    hidden_BxLxD: jax.Array,
+    unembedding_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    rule: Rule,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`reference`, for all tokens and `rule.block` words of the vocabulary at a time.
+
+    The unembedding may come as this device's rows of D, split over the mesh axes `rule.split_over`: a block is gathered
+    when it is needed and its gradient scattered as soon as it is made, so that neither is ever whole on a device. It
+    costs one product more than `chunked`: the logits again, once the sum over all words is known.
+    """
+
+    @jax.custom_vjp
+    def run(hidden, unembedding, targets, weights):
+        return forward(hidden, unembedding, targets, weights)[0]
+
+    def forward(hidden, unembedding, targets, weights):
+        nll_BxL, lse_BxL, correct_BxL = _score_blocks(hidden, unembedding, targets, rule)
+        results = _total(nll_BxL, lse_BxL, weights, rule.z_loss), nll_BxL, correct_BxL
+        return results, (hidden, unembedding, targets, weights, lse_BxL)
+
+    def backward(residuals, cotangents):
+        return *_block_gradients(*residuals, cotangents[0], rule), None, None
+
+    run.defvjp(forward, backward)
+    hidden_BxLxD, unembedding_DxV = vary_alike(hidden_BxLxD, unembedding_DxV)
+    return run(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL)
+
+
+def _blocks(unembedding_DxV: jax.Array, dtype: jnp.dtype, block: int) -> tuple[jax.Array, jax.Array]:
+    """(first word, columns) of each block: (starts_N, unembedding_NxDxW), the last filled up with zeros."""
+    unembedding_NxDxW = chunks_first(unembedding_DxV.astype(dtype), block)
+    return block * jnp.arange(len(unembedding_NxDxW)), unembedding_NxDxW
+
+
+def _block_logits(hidden_BxLxD, targets_BxL, start, unembedding_DxW, vocab: int, rule: Rule):
+    """(logits_BxLxW, target_BxLxW, word_W, unembedding_DxW) of a whole block; what is no word of the vocabulary has -inf."""
+    if rule.split_over:
+        unembedding_DxW = jax.lax.all_gather(unembedding_DxW, rule.split_over, axis=0, tiled=True)
+    words_W = start + jnp.arange(unembedding_DxW.shape[1])
+    word_W = words_W < vocab
+    logits_BxLxW = logits(hidden_BxLxD, unembedding_DxW, rule.logit_scale, rule.softcap)
+    return jnp.where(word_W, logits_BxLxW, -jnp.inf), (words_W == targets_BxL[..., None]) & word_W, word_W, unembedding_DxW
+
+
+def _score_blocks(hidden_BxLxD, unembedding_DxV, targets_BxL, rule: Rule):
+    """`_score`, by blocks: the sum of exponentials is rescaled whenever a larger logit comes."""
+    V = unembedding_DxV.shape[1]
+
+    def body(carry, block):
+        max_BxL, sum_BxL, target_BxL = carry
+        logits_BxLxW, target_BxLxW, *_ = _block_logits(hidden_BxLxD, targets_BxL, *block, V, rule)
+        new_BxL = jnp.maximum(max_BxL, jnp.max(logits_BxLxW, axis=-1))
+        sum_BxL = sum_BxL * jnp.exp(max_BxL - new_BxL) + jnp.sum(jnp.exp(logits_BxLxW - new_BxL[..., None]), axis=-1)
+        return (new_BxL, sum_BxL, target_BxL + jnp.sum(jnp.where(target_BxLxW, logits_BxLxW, 0.0), axis=-1)), None
+
+    zeros_BxL = jnp.zeros_like(hidden_BxLxD[..., 0], jnp.float32)
+    blocks = _blocks(unembedding_DxV, hidden_BxLxD.dtype, rule.block)
+    (max_BxL, sum_BxL, target_BxL), _ = jax.lax.scan(body, (zeros_BxL - jnp.inf, zeros_BxL, zeros_BxL), blocks)
+    lse_BxL = max_BxL + jnp.log(sum_BxL)
+    return lse_BxL - target_BxL, lse_BxL, (target_BxL >= max_BxL) & (targets_BxL >= 0) & (targets_BxL < V)
+
+
+def _block_gradients(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, lse_BxL, dloss_sum, rule: Rule):
+    """(dhidden_BxLxD, dunembedding_DxV: of this device's rows, where they are split)"""
+    dtype, V = hidden_BxLxD.dtype, unembedding_DxV.shape[1]
+
+    def body(dhidden_BxLxD, block):
+        logits_BxLxW, target_BxLxW, word_W, unembedding_DxW = _block_logits(hidden_BxLxD, targets_BxL, *block, V, rule)
+        d_BxLxW = _dlogits(logits_BxLxW, lse_BxL, target_BxLxW, dloss_sum * weights_BxL, rule)
+        d_BxLxW = jnp.where(word_W, d_BxLxW, 0.0).astype(dtype)  # the soft cap makes 0 * inf of what is no word
+        dhidden_BxLxD += jnp.einsum("blw,dw->bld", d_BxLxW, unembedding_DxW, preferred_element_type=jnp.float32)
+        dblock_DxW = jnp.einsum("bld,blw->dw", hidden_BxLxD, d_BxLxW, preferred_element_type=jnp.float32)
+        dblock_DxW = dblock_DxW.astype(unembedding_DxV.dtype)
+        if rule.split_over:
+            dblock_DxW = jax.lax.psum_scatter(dblock_DxW, rule.split_over, scatter_dimension=0, tiled=True)
+        return dhidden_BxLxD, dblock_DxW
+
+    zeros_BxLxD = jnp.zeros_like(hidden_BxLxD, jnp.float32)
+    dhidden_BxLxD, dblocks_NxDxW = jax.lax.scan(body, zeros_BxLxD, _blocks(unembedding_DxV, dtype, rule.block))
+    return dhidden_BxLxD.astype(dtype), join(dblocks_NxDxW, V)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]] = {
     "reference": reference,
     "chunked": chunked,
+    "blocked": blocked,
 }
 
 
@@ -177,6 +262,12 @@ def default_chunk(batch: int, length: int, vocab: int) -> int:
     chunk = min(max(tokens // batch, 1), length)
     chunks = -(-length // chunk)
     return -(-length // chunks)  # as even as can be: less to fill up
+
+
+def default_block(tokens: int, vocab: int) -> int:
+    """Words in a block: multiples of a TPU register's 128, as even as can be."""
+    blocks = -(-vocab // max(MAX_BLOCK_LOGITS // tokens, 128))
+    return min(-(-vocab // (128 * blocks)) * 128, vocab)
 
 
 def cross_entropy(
@@ -189,6 +280,8 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
+    block: int | None = None,
+    split_over: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted cross entropy of the next token, without holding the logits: (loss_sum, nll_BxL, correct_BxL).
@@ -202,7 +295,10 @@ def cross_entropy(
         own dtype, so hand over float32 parameters as they are.
       targets_BxL: int32. Where the weight is 0 a target may be any number. weights_BxL: float32.
       chunk: tokens of every row at a time, in `chunked`; None chooses by shape.
-      implementation: a key of IMPLEMENTATIONS; None is `chunked`.
+      block: words of the vocabulary at a time, in `blocked`; None chooses by shape.
+      split_over: inside shard_map, the mesh axes over which the unembedding's D is split, as is its gradient then.
+        For `blocked` only.
+      implementation: a key of IMPLEMENTATIONS; None is `blocked` where the unembedding is split, else `chunked`.
 
     Returns:
       loss_sum: float32 scalar in nats, the only result with a gradient, for hidden and unembedding. Weights
@@ -210,10 +306,11 @@ def cross_entropy(
         correct_BxL: bool, the target is the likeliest token.
 
     Raises:
-      ValueError: an unknown implementation, shapes that don't fit, a chunk below 1, a softcap not above 0.
+      ValueError: an unknown implementation, or one that takes no split unembedding; shapes that don't fit; a chunk or
+        block below 1; a softcap not above 0.
 
     On several devices, call it where B and L are local (shard_map): there, the unembedding is gathered, and
-    its gradient summed over devices, once and not in every chunk.
+    its gradient summed over devices, once and not in every chunk; or block by block (`split_over`).
 
     Sources: z loss: PaLM, Chowdhery et al. 2022, section 5. Soft cap: Gemma 2, 2024, section 2. Gradients in
     the forward pass: Liger kernels, Hsu et al. 2024.
@@ -222,7 +319,7 @@ def cross_entropy(
     if (
         hidden_BxLxD.shape[:2] != (B, L)
         or weights_BxL.shape != (B, L)
-        or unembedding_DxV.shape != (hidden_BxLxD.shape[-1], V)
+        or unembedding_DxV.shape != (hidden_BxLxD.shape[-1] // math.prod(map(jax.lax.axis_size, split_over)), V)
     ):
         raise ValueError(
             f"cross_entropy: hidden {hidden_BxLxD.shape}, unembedding {unembedding_DxV.shape}, targets "
@@ -230,11 +327,15 @@ def cross_entropy(
         )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"cross_entropy: softcap {softcap} isn't above 0; None turns it off")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"cross_entropy: chunk {chunk} is below 1")
-    name = "chunked" if implementation is None else implementation
+    for size, value in (("chunk", chunk), ("block", block)):
+        if value is not None and value < 1:
+            raise ValueError(f"cross_entropy: {size} {value} is below 1")
+    name = implementation or ("blocked" if split_over else "chunked")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"cross_entropy: implementation {name!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if split_over and name != "blocked":
+        raise ValueError(f"cross_entropy: {name} takes the unembedding whole; blocked takes it split")
     chunk = default_chunk(B, L, V) if chunk is None else min(chunk, L)
-    rule = Rule(logit_scale, softcap, z_loss, chunk)
+    block = default_block(B * L, V) if block is None else min(block, V)
+    rule = Rule(logit_scale, softcap, z_loss, chunk, block, tuple(split_over))
     return IMPLEMENTATIONS[name](hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL, rule)

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import jax
 import numpy as np
@@ -189,7 +189,22 @@ def batch_divisor(mesh: Mesh, rules: Rules) -> int:
     return math.prod(mesh.shape[n] for n in rules.activations["batch"])
 
 
-def local(function: Callable, in_axes: Sequence[Axes | None], out_axes: Any, *, auto: Sequence[str] = ()) -> Callable:
+class AtRest(NamedTuple):
+    """In `local`'s in_axes: a weight that comes as it rests, split by the rules of weights and not of activations."""
+
+    axes: Axes
+
+
+def rest_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that a weight's logical axis is split over where it rests: for collectives inside `local`."""
+    current = _current.get()
+    if current is None:
+        return ()
+    mesh, rules = current
+    return tuple(n for n in _lookup(rules.weights, axis) if mesh.shape[n] > 1)
+
+
+def local(function: Callable, in_axes: Sequence[Axes | AtRest | None], out_axes: Any, *, auto: Sequence[str] = ()) -> Callable:
     """`function` on each device's own shard of its arguments, which are laid out by their logical axes.
 
     What can't be partitioned automatically (a Pallas kernel) or shouldn't be (a scan over chunks of the local tokens) is
@@ -198,7 +213,7 @@ def local(function: Callable, in_axes: Sequence[Axes | None], out_axes: Any, *, 
 
     Args:
       function: arrays -> array or tuple of arrays. Its collectives name the axes that `mesh_axes` gave it.
-      in_axes: logical axes of each argument; None for an argument that is None.
+      in_axes: logical axes of each argument (of a weight that stays split: AtRest); None for an argument that is None.
       out_axes: logical axes of the result, or a list of them for a tuple. The name "shards" stands for a leading axis of
         length 1 on each device, which comes back with one entry for every shard (partial sums).
       auto: mesh axes left to the compiler inside (`("tensor",)`: the function's matmuls stay split over tensor).
@@ -214,12 +229,15 @@ def local(function: Callable, in_axes: Sequence[Axes | None], out_axes: Any, *, 
     def call(*args: jax.Array | None) -> Any:
         sizes: dict[str, int] = {}
         for arg, axes in zip(args, in_axes, strict=True):
-            sizes.update({} if arg is None else dict(zip(axes, arg.shape, strict=True)))
+            if arg is not None and not isinstance(axes, AtRest):
+                sizes.update(zip(axes, arg.shape, strict=True))
         sizes["shards"] = mesh.size
 
-        def spec(axes: Axes | None) -> PartitionSpec:
+        def spec(axes: Axes | AtRest | None) -> PartitionSpec:
             if axes is None:
                 return PartitionSpec()
+            if isinstance(axes, AtRest):
+                return PartitionSpec(*(tuple(n for n in rest_axes(axis) if n not in auto) or None for axis in axes.axes))
             parts = []
             for axis in axes:
                 names = MESH_AXES if axis == "shards" else _lookup(rules.activations, axis)

@@ -9,6 +9,8 @@ from research import sharding
 from research.params import fan_in, param
 from research.schema import ModelConfig
 
+WHOLE_UNEMBEDDING = 2**28  # bytes of its float32 gradient that a device may hold: blocks cost one more product
+
 
 class Unembedding(nn.Module):
     """() -> W_DxV."""
@@ -45,14 +47,19 @@ def token_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(sum of weighted losses, nll_BxL without gradient, correct_BxL), each device on its own tokens in chunks.
 
-    The vocabulary stays split over `tensor`; sums over devices are made once, after the chunks.
+    The vocabulary stays split over `tensor`; sums over devices are made once, after the chunks. A large unembedding that
+    rests split is never whole on a device: it is gathered, and its gradient scattered, a block of words at a time.
     """
+    large = unembedding_DxV.size * 4 > WHOLE_UNEMBEDDING and not sharding.rest_axes("vocab")
+    split_over = sharding.rest_axes("embed") if large else ()
 
     def kernel(hidden, unembedding, targets, weights):
-        loss, nll, correct = cross_entropy(hidden, unembedding, targets, weights, logit_scale=cfg.scales.logits, z_loss=z_loss)
+        loss, nll, correct = cross_entropy(hidden, unembedding, targets, weights, logit_scale=cfg.scales.logits, z_loss=z_loss,
+                                           split_over=split_over)
         return loss[None], nll, correct
 
     rows = ("batch", "length")
-    kernel = sharding.local(kernel, ((*rows, None), (None, None), rows, rows), [("shards",), rows, rows], auto=("tensor",))
+    unembedding = sharding.AtRest(("embed", None)) if split_over else (None, None)
+    kernel = sharding.local(kernel, ((*rows, None), unembedding, rows, rows), [("shards",), rows, rows], auto=("tensor",))
     loss_S, nll_BxL, correct_BxL = kernel(hidden_BxLxD, unembedding_DxV, targets_BxL, weights_BxL)
     return jnp.sum(loss_S), nll_BxL, correct_BxL

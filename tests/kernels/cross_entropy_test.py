@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy, default_chunk, logits
+from kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy, default_block, default_chunk, logits
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Case:
     softcap: float | None = None
     z_loss: float = 0.0
     chunk: int | None = 4
+    block: int | None = 4
     magnitude: float = 1.0
     weights: str = "uneven"
 
     @property
     def options(self) -> dict:
-        return {key: getattr(self, key) for key in ("logit_scale", "softcap", "z_loss", "chunk")}
+        return {key: getattr(self, key) for key in ("logit_scale", "softcap", "z_loss", "chunk", "block")}
 
 
 CASES = {
@@ -38,7 +39,9 @@ CASES = {
     "chunks that divide": Case(length=12),
     "a chunk a token": Case(length=5, chunk=1),
     "a chunk beyond the row": Case(chunk=100),
-    "chunk by shape": Case(chunk=None),
+    "chunk and block by shape": Case(chunk=None, block=None, vocab=300),
+    "blocks that divide": Case(vocab=16),
+    "a block a word": Case(block=1),
     "one word": Case(vocab=1),
     "scale": Case(logit_scale=0.25),
     "softcap": Case(softcap=2.0, magnitude=3.0),
@@ -65,7 +68,8 @@ def arguments(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray
         weights[:] = 0
     if case.weights == "last row off":
         weights[-1] = 0
-    return arrays, np.where(weights == 0, -100, targets).astype(np.int32), weights
+    outside = np.where(np.arange(case.length) % 2, -100, case.vocab)  # also where the last block is filled up
+    return arrays, np.where(weights == 0, outside, targets).astype(np.int32), weights
 
 
 def oracle(arrays: dict, targets: np.ndarray, weights: np.ndarray, case: Case):
@@ -76,7 +80,7 @@ def oracle(arrays: dict, targets: np.ndarray, weights: np.ndarray, case: Case):
     highest = jax.lax.stop_gradient(z.max(-1, keepdims=True))
     lse = highest[..., 0] + jnp.log(jnp.exp(z - highest).sum(-1))
     one_hot = np.zeros(z.shape)
-    for b, l in np.argwhere(targets >= 0):
+    for b, l in np.argwhere((targets >= 0) & (targets < z.shape[-1])):
         one_hot[b, l, targets[b, l]] = 1
     nll = lse - jnp.einsum("blv,blv->bl", z, one_hot)
     return (weights * (nll + case.z_loss * lse**2)).sum(), nll
@@ -204,6 +208,30 @@ def test_inside_shard_map(implementation, check_vma, devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("vocab, block", [(13, 4), (16, 8), (13, None)])
+def test_a_split_unembedding(check_vma, vocab, block, devices):
+    """Rows split over both axes, the unembedding over one: gathered and scattered there by blocks, summed over the other."""
+    case = Case(rows=4, length=10, dim=6, vocab=vocab, block=block, softcap=4.0, z_loss=0.1)
+    arrays, targets, weights = arguments(case)
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tokens, split = jax.sharding.PartitionSpec(("data", "fsdp")), jax.sharding.PartitionSpec("fsdp")
+
+    def own(hidden, unembedding, targets, weights):
+        loss_sum, nll, correct = cross_entropy(hidden, unembedding, targets, weights, split_over=("fsdp",), **case.options)
+        return loss_sum[None], nll, correct
+
+    def everywhere(arrays):
+        loss_P, nll, correct = jax.shard_map(
+            own, mesh=mesh, in_specs=(tokens, split, tokens, tokens), out_specs=tokens, check_vma=check_vma
+        )(arrays["hidden"], arrays["unembedding"], targets, weights)
+        return loss_P.sum(), nll, correct
+
+    expected = values_and_gradients(lambda a: run(a, targets, weights, case, "reference"), arrays)
+    got = values_and_gradients(everywhere, arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
 def equations(jaxpr) -> list:
     """Every equation anywhere in a jaxpr, nested ones included."""
     found = []
@@ -235,6 +263,25 @@ def test_chunked_never_holds_the_logits(differentiate, matmuls):
     assert len(found) == len(program("chunked", differentiate, length=240))
 
 
+@pytest.mark.parametrize("differentiate, matmuls", [(False, 1), (True, 4)])
+def test_blocked_never_holds_the_logits(differentiate, matmuls):
+    """As above, for a block of words: nothing of tokens x words is larger than 4 words for each token, whatever V is."""
+    found = program("blocked", differentiate)
+    assert max(int(np.prod(v.aval.shape)) for eqn in found for v in eqn.outvars) == 3 * 60 * 4
+    assert sum(eqn.primitive.name == "dot_general" for eqn in found) == matmuls
+
+
+def test_default_block():
+    table = {  # (tokens, vocabulary): words
+        (4096, 128_256): 8064,  # 16 blocks
+        (4096, 128): 128,
+        (8192, 32_000): 4096,  # 8 blocks, 768 words filled up
+        (2**20, 50_257): 128,
+        (10, 50): 50,
+    }
+    assert {key: default_block(*key) for key in table} == table
+
+
 def test_default_chunk():
     table = {  # (rows, length, vocabulary): tokens of a row
         (1, 4096, 32_000): 1024,
@@ -258,8 +305,9 @@ def test_logits_of_any_leading_axes():
 
 
 BAD = {
-    "no such implementation": (dict(implementation="fused"), "reference, chunked"),
+    "no such implementation": (dict(implementation="fused"), "reference, chunked, blocked"),
     "chunk 0": (dict(chunk=0), "chunk 0"),
+    "block 0": (dict(block=0), "block 0"),
     "softcap 0": (dict(softcap=0.0), "softcap"),
     "weights of other length": (dict(weights_BxL=np.ones((2, 3))), "aren't BxLxD"),
     "width of another model": (dict(unembedding_DxV=np.ones((7, 13))), "aren't BxLxD"),
