@@ -6,6 +6,7 @@ is quick.
 """
 
 import os
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # For the TPU's compiler, which looks for a machine that isn't there, and may be at work in pytest's other process, too.
@@ -23,6 +24,7 @@ import jax  # noqa: E402  (after the flags)
 import pytest  # noqa: E402
 
 import tests.spikes  # noqa: E402, F401  (adds its rows to MIXERS)
+from tests.slow import SLOW  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +33,21 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unused = {(file, name) for file, names in SLOW.items() for name in names}
+    collected = set()
+    for item in items:
+        file = item.nodeid.split("::")[0].removeprefix("tests/")
+        collected.add(file)
+        for name in SLOW.get(file, ()):
+            if re.match(name, item.name):
+                item.add_marker(pytest.mark.slow)
+                unused.discard((file, name))
+    stale = sorted(name for file, name in unused if file in collected)
+    if stale and not any("::" in argument for argument in config.args):  # one test asked for: the others aren't collected
+        raise pytest.UsageError(f"tests/slow.py: {', '.join(stale)} match no test of their files")
 
 
 @pytest.fixture(scope="session")

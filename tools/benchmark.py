@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Mapping
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ from tools.benchmark_kernels import kernels
 from tools.benchmark_running import checkpoints, input_side, loss_memory, running, start, watched
 
 command_line.define_json_flag()
-flags.DEFINE_list("cases", ["d256", "d512"], "Which cases to measure.")
+flags.DEFINE_list("cases", [], "Which to measure: of train, or of mixers; all if not given.")
 flags.DEFINE_integer("rounds", 5, "Turns of each side.", lower_bound=1)
 flags.DEFINE_float("seconds", 6.0, "Length of a turn.", lower_bound=0.1)
 flags.DEFINE_boolean("torch", True, "Measure torch, too, where it and transformers are installed.")
@@ -234,12 +234,17 @@ def has_torch() -> bool:
     return True
 
 
-def train() -> dict[str, Any]:
+def chosen(table: Mapping[str, Any]) -> list[str]:
+    """Names of `table` that --cases asks for; all where it isn't given."""
     for name in FLAGS.cases:
-        if name not in CASES:
-            raise InputError("--cases", f"unknown {name!r}", nearest(name, list(CASES)))
-    with_torch = FLAGS.torch and has_torch()
-    cases = [measure(name, CASES[name], FLAGS.rounds, FLAGS.seconds, with_torch) for name in FLAGS.cases]
+        if name not in table:
+            raise InputError("--cases", f"unknown {name!r}", nearest(name, list(table)))
+    return FLAGS.cases or list(table)
+
+
+def train() -> dict[str, Any]:
+    names, with_torch = chosen(CASES), FLAGS.torch and has_torch()
+    cases = [measure(name, CASES[name], FLAGS.rounds, FLAGS.seconds, with_torch) for name in names]
     real = running(PRESETS["quickstart"]())
     return {"cases": cases, "compile_ratio_64_to_8": compile_ratio(), "data_wait_share": real["data_wait_share"],
             "recompilations": real["recompilations"], "rounds": FLAGS.rounds, "seconds": FLAGS.seconds,
@@ -249,10 +254,12 @@ def train() -> dict[str, Any]:
 def mixers() -> dict[str, Any]:
     """Recurrent mixers at L 4096 over attention at L 1024, in turns; and how their whole cost grows with L.
 
-    `ratio`: tokens a second over attention's, the median of paired rounds; `exponent`: of the seconds of one row against L.
+    `ratio`: tokens a second over attention's; `exponent`: of the seconds of one row against L; medians of paired rounds.
     """
+    names = chosen(RECURRENT)
     base, found = Worker(ours, row("attention", ATTENTION, 4, 1024, 4)), []
-    for name, (pattern, repeats) in RECURRENT.items():
+    for name in names:
+        pattern, repeats = RECURRENT[name]
         workers = {length: Worker(ours, row(name, pattern, repeats, length, 1)) for length in LENGTHS}
         rates: dict[int, list[float]] = {length: [] for length in (0, *LENGTHS)}
         for _ in range(FLAGS.rounds):
@@ -261,9 +268,11 @@ def mixers() -> dict[str, Any]:
                 rates[length].append(length * worker.rate(FLAGS.seconds))
         for worker in workers.values():
             worker.close()
-        seconds = [length / statistics.median(rates[length]) for length in LENGTHS]
-        found.append({"name": name, "ratio": statistics.median(a / b for a, b in zip(rates[4096], rates[0])),
-                      "exponent": float(np.polyfit(np.log(LENGTHS), np.log(seconds), 1)[0]),
+        ratios = [ours / attention for ours, attention in zip(rates[4096], rates[0])]
+        seconds = [[length / rates[length][number] for length in LENGTHS] for number in range(FLAGS.rounds)]
+        exponents = [float(np.polyfit(np.log(LENGTHS), np.log(found_L), 1)[0]) for found_L in seconds]
+        found.append({"name": name, "ratio": statistics.median(ratios), "exponent": statistics.median(exponents),
+                      "ratios": ratios, "exponents": exponents,
                       "tokens_per_second": {str(length): statistics.median(rates[length]) for length in LENGTHS}})
         logging.info("%s", found[-1])
     base.close()
@@ -271,7 +280,7 @@ def mixers() -> dict[str, Any]:
 
 
 VERBS = {"train": train, "mixers": mixers, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds),
-         "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(FLAGS.rounds),
+         "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(max(FLAGS.rounds, 2)),
          "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4)}
 
 

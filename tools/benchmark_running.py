@@ -57,19 +57,22 @@ def running(config: Config, steps: int = 40) -> dict[str, float]:
 
 
 def watched(rounds: int, block: int = 20, save_every: int = 100) -> dict[str, Any]:
-    """What guard, logs, TensorBoard, goodput and a save each 100 steps cost a run of the quickstart that no fault happens to.
+    """What guard, logs, TensorBoard, goodput and saves cost a run of the quickstart that no fault happens to.
 
     One process: after each `block` steps of `loop.run` come as many of the bare loop (loader, the same compiled step, the loss
     read a step late), so that a slow moment of a shared machine hits both. They change places half a block after a save is
-    due, when its writing is over. `slowdown`: from the mean log ratio of rounds of `save_every` steps; with its 95% interval.
+    due, when its writing is over. A round is `save_every` steps, and its last block has the save. `between_saves` is what the
+    other blocks take longer, `save_seconds` what that one takes longer still, and `slowdown` the first and the second over
+    the preset's own minutes between saves: {value, low, high}, means over rounds with Student's 95% interval.
     """
     from research.evaluation.statistics import over_seeds
     from research.training import loop
     from research.training.session import Launch
 
-    config = override(PRESETS["quickstart"](), {
+    preset = PRESETS["quickstart"]()
+    config = override(preset, {
         "train.steps": str((rounds + 1) * save_every + block), "optim.warmup_steps": "5", "train.eval_every": "0",
-        "train.sample_every": "0", "checkpoint.every_steps": str(save_every)})
+        "train.sample_every": "0", "checkpoint.every_steps": str(save_every), "checkpoint.every_minutes": "0"})
     found: dict[str, list[float]] = {"run": [], "bare": []}
     make_program = loop.make_program
 
@@ -79,17 +82,18 @@ def watched(rounds: int, block: int = 20, save_every: int = 100) -> dict[str, An
                             found=found)
 
     with tempfile.TemporaryDirectory() as directory, unittest.mock.patch.object(loop, "make_program", make_watched):
-        loop.run(config, Launch(workdir=directory + "/run", preset=PRESETS["quickstart"]()))
+        loop.run(config, Launch(workdir=directory + "/run", preset=preset))
     blocks = save_every // block
-    # A round: from half a block after a save to the next such place; what came before the first one warms up.
-    seconds = {side: [sum(times[i:i + blocks]) for i in range(blocks, len(times) - blocks + 1, blocks)]
-               for side, times in found.items()}
-    estimate = over_seeds(np.log(seconds["run"]) - np.log(seconds["bare"])) if rounds > 1 else None
-    ratios = [run / bare - 1 for run, bare in zip(seconds["run"], seconds["bare"])]
-    return {"slowdown": float(np.expm1(estimate.value)) if estimate else ratios[0],
-            "low": float(np.expm1(estimate.low)) if estimate else None,
-            "high": float(np.expm1(estimate.high)) if estimate else None, "rounds": ratios, "seconds": seconds,
-            "steps_a_round": save_every}
+    # What came before the first save warms up.
+    run_RxN, bare_RxN = (np.reshape(found[side][blocks:blocks * (rounds + 1)], (rounds, blocks)) for side in ("run", "bare"))
+    ratio_R = run_RxN[:, :-1].sum(1) / bare_RxN[:, :-1].sum(1)
+    save_R = run_RxN[:, -1] - ratio_R * bare_RxN[:, -1]
+    told = {"between_saves": ratio_R - 1, "save_seconds": save_R,
+            "slowdown": ratio_R - 1 + save_R / (60 * preset.checkpoint.every_minutes)}
+    means = {name: over_seeds(values_R) for name, values_R in told.items()}
+    return {**{name: {"value": mean.value, "low": mean.low, "high": mean.high} for name, mean in means.items()},
+            "minutes_between_saves": preset.checkpoint.every_minutes, "steps_a_block": block,
+            "seconds_by_round_and_block": {"run": run_RxN.tolist(), "bare": bare_RxN.tolist()}}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The contract of a mixer, over every row of MIXERS and every case of it (cases.py)."""
 
 import functools
+from typing import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,15 @@ from tests.models.harness import (
 )
 from tests.spikes.pallas_scale import KERNEL
 
-every_case = pytest.mark.parametrize("case", FLAT.values(), ids=FLAT.keys())
-exact_cases = pytest.mark.parametrize(
-    "case", [c for c in FLAT.values() if c.exact], ids=[name for name, c in FLAT.items() if c.exact]
-)
+FIRST = {f"{row}-{next(iter(cases))}" for row, cases in CASES.items()}  # `make test` takes one case of each row
+
+
+def flat_cases(names: Iterable[str]) -> list:
+    return [pytest.param(FLAT[name], id=name, marks=() if name in FIRST else pytest.mark.slow) for name in names]
+
+
+every_case = pytest.mark.parametrize("case", flat_cases(FLAT))
+exact_cases = pytest.mark.parametrize("case", flat_cases(name for name, case in FLAT.items() if case.exact))
 
 LENGTH = 12
 ONE_DOCUMENT = Layout((((1, LENGTH),),) * (LENGTH + 1))
