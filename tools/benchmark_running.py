@@ -63,9 +63,9 @@ def watched(rounds: int, block: int = 20, save_every: int = 100) -> dict[str, An
     read a step late), so that a slow moment of a shared machine hits both. They change places half a block after a save is
     due, when its writing is over. A round is `save_every` steps, and its last block has the save. `between_saves` is what the
     other blocks take longer, `save_seconds` what that one takes longer still, and `slowdown` the first and the second over
-    the preset's own minutes between saves: {value, low, high}, means over rounds with Student's 95% interval.
+    the preset's own minutes between saves: medians (other jobs come in bursts), with 95% bootstrap intervals.
     """
-    from research.evaluation.statistics import over_seeds
+    from research.evaluation.statistics import bootstrap
     from research.training import loop
     from research.training.session import Launch
 
@@ -86,12 +86,19 @@ def watched(rounds: int, block: int = 20, save_every: int = 100) -> dict[str, An
     blocks = save_every // block
     # What came before the first save warms up.
     run_RxN, bare_RxN = (np.reshape(found[side][blocks:blocks * (rounds + 1)], (rounds, blocks)) for side in ("run", "bare"))
-    ratio_R = run_RxN[:, :-1].sum(1) / bare_RxN[:, :-1].sum(1)
-    save_R = run_RxN[:, -1] - ratio_R * bare_RxN[:, -1]
-    told = {"between_saves": ratio_R - 1, "save_seconds": save_R,
-            "slowdown": ratio_R - 1 + save_R / (60 * preset.checkpoint.every_minutes)}
-    means = {name: over_seeds(values_R) for name, values_R in told.items()}
-    return {**{name: {"value": mean.value, "low": mean.low, "high": mean.high} for name, mean in means.items()},
+    between_saves = 60 * preset.checkpoint.every_minutes
+
+    def parts(*columns_R: np.ndarray) -> dict[str, np.ndarray]:
+        """Of rounds, the last axis: the ratios of the blocks without a save, then both sides' seconds of the one with it."""
+        *ratios_R, run_R, bare_R = columns_R
+        ratio = np.median(np.concatenate(ratios_R, axis=-1), axis=-1)
+        save = np.median(run_R - ratio[..., None] * bare_R, axis=-1)
+        return {"between_saves": ratio - 1, "save_seconds": save, "slowdown": ratio - 1 + save / between_saves}
+
+    samples = [*(run_RxN / bare_RxN)[:, :-1].T, run_RxN[:, -1], bare_RxN[:, -1]]
+    told = {name: bootstrap(lambda *columns_R, name=name: parts(*columns_R)[name], samples, method="percentile")
+            for name in ("slowdown", "between_saves", "save_seconds")}
+    return {**{name: {"value": found.value, "low": found.low, "high": found.high} for name, found in told.items()},
             "minutes_between_saves": preset.checkpoint.every_minutes, "steps_a_block": block,
             "seconds_by_round_and_block": {"run": run_RxN.tolist(), "bare": bare_RxN.tolist()}}
 
