@@ -17,7 +17,10 @@ from kernels.chunks import chunks_first, join
 from kernels.varying import vary_alike
 
 MAX_CHUNK_LOGITS = 2**27  # float32 logits alive at one time: half a GiB
-MAX_BLOCK_LOGITS = 2**25  # of a block of words, for all tokens: 128 MiB
+MAX_BLOCK_LOGITS = 2**25  # of a block of words, for all tokens: 128 MiB; more where that is too few words
+MIN_BLOCK = 1024  # words: each block reads and writes the whole gradient of hidden, which few words' products don't outweigh
+
+BLOCK_GATHER = "unembedding_block"  # the scope of the collective that gathers a part of a weight of no even size
 
 
 class Rule(NamedTuple):
@@ -204,7 +207,8 @@ def _blocks(unembedding_DxV: jax.Array, dtype: jnp.dtype, block: int) -> tuple[j
 def _block_logits(hidden_BxLxD, targets_BxL, start, unembedding_DxW, vocab: int, rule: Rule):
     """(logits_BxLxW, target_BxLxW, word_W, unembedding_DxW) of a whole block; what is no word of the vocabulary has -inf."""
     if rule.split_over:
-        unembedding_DxW = jax.lax.all_gather(unembedding_DxW, rule.split_over, axis=0, tiled=True)
+        with jax.named_scope(BLOCK_GATHER):
+            unembedding_DxW = jax.lax.all_gather(unembedding_DxW, rule.split_over, axis=0, tiled=True)
     words_W = start + jnp.arange(unembedding_DxW.shape[1])
     word_W = words_W < vocab
     logits_BxLxW = logits(hidden_BxLxD, unembedding_DxW, rule.logit_scale, rule.softcap)
@@ -266,7 +270,7 @@ def default_chunk(batch: int, length: int, vocab: int) -> int:
 
 def default_block(tokens: int, vocab: int) -> int:
     """Words in a block: multiples of a TPU register's 128, as even as can be."""
-    blocks = -(-vocab // max(MAX_BLOCK_LOGITS // tokens, 128))
+    blocks = -(-vocab // max(MAX_BLOCK_LOGITS // tokens, MIN_BLOCK))
     return min(-(-vocab // (128 * blocks)) * 128, vocab)
 
 
@@ -291,8 +295,8 @@ def cross_entropy(
 
     Args:
       hidden_BxLxD: floating; the product with the unembedding is in its dtype, summed in float32.
-      unembedding_DxV: floating, cast to hidden's dtype; its gradient is summed in float32 and returned in its
-        own dtype, so hand over float32 parameters as they are.
+      unembedding_DxV: floating, cast to hidden's dtype; its gradient is summed in float32 (over tokens; over
+        devices in its own dtype) and returned in its own dtype, so hand over float32 parameters as they are.
       targets_BxL: int32. Where the weight is 0 a target may be any number. weights_BxL: float32.
       chunk: tokens of every row at a time, in `chunked`; None chooses by shape.
       block: words of the vocabulary at a time, in `blocked`; None chooses by shape.

@@ -212,7 +212,7 @@ def local(function: Callable, in_axes: Sequence[Axes | AtRest | None], out_axes:
     a split axis.
 
     Args:
-      function: arrays -> array or tuple of arrays. Its collectives name the axes that `mesh_axes` gave it.
+      function: arrays -> array or tuple of arrays. Its collectives name the axes that `mesh_axes` or `rest_axes` gave it.
       in_axes: logical axes of each argument (of a weight that stays split: AtRest); None for an argument that is None.
       out_axes: logical axes of the result, or a list of them for a tuple. The name "shards" stands for a leading axis of
         length 1 on each device, which comes back with one entry for every shard (partial sums).

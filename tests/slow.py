@@ -1,56 +1,68 @@
 """What `make test` leaves to `make test-all`, beside what is marked slow where it stands, so that it ends within 12 minutes.
 
 Of a battery whose rows cost seconds each, `make test` keeps one or two that would show most faults; of whole runs and of
-commands in processes of their own, those that a user meets first. Names are regular expressions that begin where a test's
-name begins; one that matches nothing in its file is an error, so that this list can't go stale.
+commands in processes of their own, those that a user meets first. Patterns are regular expressions that begin where a
+test's name begins; one that matches nothing in its file is an error.
 """
 
 SLOW: dict[str, tuple[str, ...]] = {
     "data/training_test.py": (
-        r"test_every_source_trains\[(arrayrecord|huggingface|parquet|tfds)", "test_results_are_the_same_after_moving"),
+        r"test_every_source_trains\[(arrayrecord|huggingface|parquet|sourcecode|tfds)",
+        "test_results_are_the_same_after_moving"),
     "decoding/engine_test.py": ("test_greedy_steps_equal_the_full_forward",),
     "experiments/commands_test.py": (
-        "test_inspect_model", "test_sweep_runs", "test_generate_is_decided",
-        r"test_bad_input_is_one_line.*\[--config=(debug --(prediction|set=(train|model|optim))|text)",
+        "test_inspect_model", "test_sweep_runs", "test_generate",
+        r"test_bad_input_is_one_line.*\[--config=(debug --(prediction|set)|text|quik)",
         r"test_bad_input_is_one_line.*\[--prompt=a"),
-    "experiments/ladder_test.py": ("test_the_report_has_a_verdict", "test_the_default_ladder_is_long_enough"),
-    "experiments/scaling_laws_test.py": ("test_fit_prints_a_table",),
+    "experiments/ladder_test.py": (
+        "test_the_report_has_a_verdict", "test_the_default_ladder_is_long_enough", "test_bad_input_is_one_line"),
+    "experiments/scaling_laws_test.py": ("test_fit_prints_a_table", r"test_bad_input_is_one_line\[arguments1"),
     "interop/huggingface_test.py": (r"test_logits_are_theirs\[(jamba|rwkv|mamba\]|mixtral|llama2|llama_tied|qwen3)",),
-    "kernels/attention_test.py": ("test_inside_shard_map_and_remat", r"test_one_document_alone.*\[flash"),
+    "kernels/attention_test.py": (
+        "test_inside_shard_map_and_remat", r"test_one_document_alone.*\[flash",
+        r"test_a_query_that_sees_nothing.*\[(?!causal-chunked)"),
     "kernels/attention_tpu_test.py": (r"test_a_training_step_s_attention_compiles\[v5e",),
     "kernels/chunks_pallas_test.py": ("test_a_sharded_training_step_for_four_chips",),
     "kernels/cross_entropy_test.py": ("test_forward_alone_gives_the_same",),
     "kernels/diagonal_ssm_test.py": (
-        r"test_long_convolution\[.*token", r"test_recurrence\[dplr-reference", "test_what_is_gone_at_once"),
+        r"test_long_convolution\[(.*token|diagonal)", r"test_recurrence\[(dplr-reference|diagonal-chunked|diagonal-reference)",
+        "test_what_is_gone_at_once"),
+    "kernels/ssd_test.py": ("test_bfloat16_is_near",),
     "models/adapters_test.py": ("test_gradients_reach_every_adapter",),
-    "models/encoder_decoder_test.py": ("test_packed_pairs_are_pairs_alone", "test_cached_decoding_is_teacher_forcing"),
+    "models/encoder_decoder_test.py": ("test_packed_pairs_are_pairs_alone",),
     "models/gated_delta_test.py": (r"test_is_the_published_layer\[linear",),
     "models/heads_test.py": (r"test_four_devices_give_what_one_gives\[.*True",),
     "models/lm_test.py": (
+        r"test_every_weight_gets_a_gradient\[(dense\]|post_norm|shared|sinus|recurrent|parallel)",
         "test_remat_gives_equal_gradients", "test_init_has_the_declared_scale", "test_bfloat16_compute",
         r"test_(packed_rows_and_cached_calls|scan_is_a_loop_over_layers)\[(dense\]|post_norm|shared|sinus|recurrent|parallel)"),
     "models/mamba_test.py": (r"test_mamba2_is_that_of_transformers\[1", "test_steps_begin_as_published"),
     "models/moe_model_test.py": (
         r"test_whole_loss_on_four_devices\[(dp|fsdp|fsdp_tp|cp|ep_4)\]", "test_capacity_drops",
         "test_statistics_inside_parallel"),
+    "models/published_test.py": (r"test_latent_attention\[False",),
     "models/s4_test.py": (r"test_convolution_is_recurrence\[H3",),
-    "models/sharded_contract_test.py": (r"test_four_devices_give_what_one_gives\[(dp|fsdp|cp)-",),
+    "models/sharded_contract_test.py": (
+        r"test_four_devices_give_what_one_gives\[((dp|fsdp|ep)-|(cp|fsdp_tp)-(?!(Attention|Mamba2|Moe)\]))",),
+    "presets_test.py": ("test_every_preset_is_listed",),
+    "scaling/prediction_test.py": ("test_one_made_later_is_refused",),
     "scaling/extended_test.py": (r"test_the_law_comes_back.*\[repeated", "test_an_answer_at_a_budget"),
+    "tools/aot_test.py": ("test_golden_by_the_command",),
     "tools/data_tools_test.py": (r"test_train_tokenizer_gives",),
     "training/averaging_test.py": ("test_schedule_free_evaluates", "test_it_is_made_in_the_step"),
     "training/disk_full_test.py": (r"test_a_run_survives_a_full_disk\[stop",),
-    "training/elastic_test.py": ("test_devices_and_layouts_change",),
     "training/mirrors_test.py": ("test_a_run_is_announced",),
     "training/objectives_test.py": (
-        r"test_four_devices_are_one\[(dp|fsdp_tp|cp)", r"test_(the_step_accumulates|accumulation_is_exact).*\[preference"),
+        r"test_four_devices_are_one\[(dp|fsdp_tp|cp)", r"test_(the_step_accumulates|accumulation_is_exact).*\[preference",
+        "test_the_frozen_reference"),
     "training/optimizers_test.py": (
         r"test_it_trains_the_debug_preset\[(adafactor|lion|muon|sgd)", r"test_saved_and_restored.*\[(adafactor|lion|sgd)",
-        r"test_four_devices_make_the_update_of_one\[(adafactor|lion|sgd)"),
-    "training/replicas_test.py": ("test_what_a_faulty_device_made",),
+        r"test_four_devices_make_the_update_of_one\[(adafactor|lion|sgd)",
+        r"test_zero_gradient.*\[(adafactor|lion|muon|schedule)"),
     "training/reporting_test.py": ("test_the_experts_load", "test_a_learning_run_goes_on"),
-    "training/resume_test.py": (r"test_stopped_at_any_step_and_resumed\[(1|8)", "test_sigterm_exits_with_75"),
-    "training/rollback_test.py": (r"test_a_passing_fault_leaves_no_trace\[nan_batch-steps0", r"test_killed_anywhere.*\[19"),
+    "training/resume_test.py": ("test_stopped_at_any_step_and_resumed", "test_sigterm_exits_with_75"),
+    "training/rollback_test.py": (r"test_a_passing_fault_leaves_no_trace\[nan_batch", r"test_killed_anywhere.*\[19"),
     "training/tpu_test.py": (
         r"test_the_step_compiles.*\[(dp|fsdp_tp|cp|ep|ep_dropless)\]", "test_experts_are_not_gathered",
-        r"test_flash_attention_is_in_the_sharded_step\[(fsdp\]|cp)", "test_memory_is_sharded"),
+        "test_flash_attention_is_in_the_sharded_step", "test_memory_is_sharded"),
 }

@@ -271,7 +271,7 @@ def mixers() -> dict[str, Any]:
                 rates[length].append(length * worker.rate(FLAGS.seconds))
         for worker in workers.values():
             worker.close()
-        ratios = [ours / attention for ours, attention in zip(rates[4096], rates[0])]
+        ratios = [rate / attention for rate, attention in zip(rates[4096], rates[0])]
         seconds = [[length / rates[length][number] for length in LENGTHS] for number in range(FLAGS.rounds)]
         exponents = [float(np.polyfit(np.log(LENGTHS), np.log(found_L), 1)[0]) for found_L in seconds]
         found.append({"name": name, "ratio": statistics.median(ratios), "exponent": statistics.median(exponents),

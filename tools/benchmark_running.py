@@ -1,4 +1,4 @@
-"""What `tools.benchmark` measures besides the step: data, start-up, checkpoints, and the loss's memory."""
+"""What `tools.benchmark` measures besides the step: data, start-up, checkpoints, watching, and the loss's memory."""
 
 import contextlib
 import dataclasses
@@ -61,9 +61,10 @@ def watched(rounds: int, block: int = 20, save_every: int = 100) -> dict[str, An
 
     One process: after each `block` steps of `loop.run` come as many of the bare loop (loader, the same compiled step, the loss
     read a step late), so that a slow moment of a shared machine hits both. They change places half a block after a save is
-    due, when its writing is over. A round is `save_every` steps, and its last block has the save. `between_saves` is what the
-    other blocks take longer, `save_seconds` what that one takes longer still, and `slowdown` the first and the second over
-    the preset's own minutes between saves: medians (other jobs come in bursts), with 95% bootstrap intervals.
+    due, when its writing should be over; what background threads do in the other side's turn is charged to that side. A round
+    is `save_every` steps, and its last block has the save. `between_saves` is what the other blocks take longer, `save_seconds`
+    what that one takes longer still, and `slowdown` the first and the second over the preset's own minutes between saves:
+    medians (other jobs come in bursts), with 95% bootstrap intervals.
     """
     from research.evaluation.statistics import bootstrap
     from research.training import loop

@@ -6,6 +6,7 @@ import collections
 import math
 from typing import Any, Mapping, Sequence
 
+from kernels.cross_entropy import BLOCK_GATHER
 from research.aot import estimate, hlo
 from research.aot.compile import Compiled, Memory, step_flops
 from research.aot.estimate import Interval
@@ -95,7 +96,12 @@ def collective_warnings(found: Sequence[Collective], program: Program) -> list[s
 
 
 def gathers_activations(one: Collective, program: Program) -> bool:
-    """Is what it gathers as large as a device's rows, and no weight's size, nor what a mesh axis leaves of one?"""
+    """Is what it gathers as large as a device's rows, and no weight's size, nor what a mesh axis leaves of one?
+
+    The loss says of its own gathers that they are the unembedding's, a block of words at a time.
+    """
+    if one.op_name and BLOCK_GATHER in one.op_name:
+        return False
     config, devices = program.config, math.prod(program.layout.mesh.shape.values())
     rows = config.train.batch_size // config.train.microbatches * config.data.seq_len * config.model.dim / devices
     weights = {weight.size // (weight.shape[weight.axes.index("layers")] if "layers" in weight.axes else 1)

@@ -48,7 +48,7 @@ def token_loss(
     """(sum of weighted losses, nll_BxL without gradient, correct_BxL), each device on its own tokens in chunks.
 
     The vocabulary stays split over `tensor`; sums over devices are made once, after the chunks. A large unembedding that
-    rests split is never whole on a device: it is gathered, and its gradient scattered, a block of words at a time.
+    rests split over `fsdp` alone is never whole on a device: gathered, its gradient scattered, a block of words at a time.
     """
     large = unembedding_DxV.size * 4 > WHOLE_UNEMBEDDING and not sharding.rest_axes("vocab")
     split_over = sharding.rest_axes("embed") if large else ()

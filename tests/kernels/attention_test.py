@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import attention as module
 from kernels import attention_pallas
 from kernels.attention import IMPLEMENTATIONS, attention
+from tests.jaxprs import equations
 
 
 @dataclass(frozen=True)
@@ -248,15 +249,7 @@ def test_bfloat16_is_as_near_as_the_reference(name, implementation, small_chunks
 
 def all_sizes(jaxpr) -> list[int]:
     """Elements of every value made anywhere in a jaxpr, nested ones included."""
-    sizes = []
-    for eqn in jaxpr.eqns:
-        sizes += [int(np.prod(v.aval.shape)) for v in eqn.outvars]
-        for param in eqn.params.values():
-            for inner in param if isinstance(param, (tuple, list)) else (param,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    sizes += all_sizes(inner)
-    return sizes
+    return [int(np.prod(v.aval.shape)) for eqn in equations(jaxpr) for v in eqn.outvars]
 
 
 def test_chunked_memory_is_linear_in_length(small_chunks):

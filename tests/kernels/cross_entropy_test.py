@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels.cross_entropy import IMPLEMENTATIONS, cross_entropy, default_block, default_chunk, logits
+from tests.jaxprs import equations
 
 
 @dataclass(frozen=True)
@@ -232,24 +233,11 @@ def test_a_split_unembedding(check_vma, vocab, block, devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
-def equations(jaxpr) -> list:
-    """Every equation anywhere in a jaxpr, nested ones included."""
-    found = []
-    for eqn in jaxpr.eqns:
-        found.append(eqn)
-        for param in eqn.params.values():
-            for inner in param if isinstance(param, (tuple, list)) else (param,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    found += equations(inner)
-    return found
-
-
 def program(implementation: str, differentiate: bool, length: int = 60) -> list:
     case = Case(rows=3, length=length, dim=2, vocab=50, chunk=4, softcap=5.0, z_loss=0.1)
     arrays, targets, weights = arguments(case)
     fn = lambda a: run(a, targets, weights, case, implementation)[0]
-    return equations(jax.make_jaxpr(jax.grad(fn) if differentiate else fn)(arrays).jaxpr)
+    return list(equations(jax.make_jaxpr(jax.grad(fn) if differentiate else fn)(arrays).jaxpr))
 
 
 @pytest.mark.parametrize("differentiate, matmuls", [(False, 1), (True, 3)])
@@ -276,7 +264,7 @@ def test_default_block():
         (4096, 128_256): 8064,  # 16 blocks
         (4096, 128): 128,
         (8192, 32_000): 4096,  # 8 blocks, 768 words filled up
-        (2**20, 50_257): 128,
+        (2**20, 50_257): 1024,
         (10, 50): 50,
     }
     assert {key: default_block(*key) for key in table} == table

@@ -4,6 +4,7 @@ A change that adds an all-gather, or doubles the temporaries, shows here. After 
 `python -m tests.tools.aot_test` writes what the installed versions give into tests/tools/golden/.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 import tools  # noqa: F401  (prepares the environment before JAX starts, as the command does)
 from configs import preset
+from kernels.cross_entropy import BLOCK_GATHER
 from research.aot import compile as aot_compile
 from research.aot import report as aot_report
 from research.aot import search as aot_search
@@ -151,7 +153,8 @@ def test_warnings_name_gathered_activations_and_wide_sums(devices):
     gather = Collective("all-gather", "fsdp", 2, 4 * rows, 4, (("f32", (64, 256, 32)),), "jit(step)/x")
     weight = Collective("all-gather", "fsdp", 2, 2 * 32 * 88, 4, (("bf16", (32, 88)),), "jit(step)/w")
     small = Collective("all-reduce", "fsdp", 1, 4, 4, (("f32", ()),), "jit(step)/norm")
-    found = aot_report.collective_warnings([gather, weight, small], program)
+    block = dataclasses.replace(gather, arrays=(("bf16", (32, 8064)),), op_name=f"jit(step)/{BLOCK_GATHER}/y")
+    found = aot_report.collective_warnings([gather, weight, small, block], program)
     assert [line.split(":")[0] for line in found] == ["all-gather of activations", "float32 collective"]
     assert "jit(step)/x" in found[0]
 
