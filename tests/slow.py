@@ -12,7 +12,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "decoding/engine_test.py": ("test_greedy_steps_equal_the_full_forward",),
     "experiments/commands_test.py": (
         "test_inspect_model", "test_sweep_runs", "test_generate",
-        r"test_bad_input_is_one_line.*\[--config=(debug --(prediction|set)|text|quik)",
+        r"test_bad_input_is_one_line.*\[--config=(debug|text)",
         r"test_bad_input_is_one_line.*\[--prompt=a"),
     "experiments/ladder_test.py": (
         "test_the_report_has_a_verdict", "test_the_default_ladder_is_long_enough", "test_bad_input_is_one_line"),
@@ -20,9 +20,10 @@ SLOW: dict[str, tuple[str, ...]] = {
     "interop/huggingface_test.py": (r"test_logits_are_theirs\[(jamba|rwkv|mamba\]|mixtral|llama2|llama_tied|qwen3)",),
     "kernels/attention_test.py": (
         "test_inside_shard_map_and_remat", r"test_one_document_alone.*\[flash",
+        r"test_(matches_the_oracle|bfloat16_is_as_near_as_the_reference)\[.*-reference\]",
         r"test_a_query_that_sees_nothing.*\[(?!causal-chunked)"),
     "kernels/attention_tpu_test.py": (r"test_a_training_step_s_attention_compiles\[v5e",),
-    "kernels/chunks_pallas_test.py": ("test_a_sharded_training_step_for_four_chips",),
+    "kernels/chunks_pallas_test.py": ("test_a_sharded_training_step_for_four_chips", "test_flops_are_those"),
     "kernels/cross_entropy_test.py": ("test_forward_alone_gives_the_same",),
     "kernels/diagonal_ssm_test.py": (
         r"test_long_convolution\[(.*token|diagonal)", r"test_recurrence\[(dplr-reference|diagonal-chunked|diagonal-reference)",
@@ -30,14 +31,15 @@ SLOW: dict[str, tuple[str, ...]] = {
     "kernels/ssd_test.py": ("test_bfloat16_is_near",),
     "models/adapters_test.py": ("test_gradients_reach_every_adapter",),
     "models/contract_test.py": (
-        r"test_(packed_is_standalone|parallel_is_prefill_is_steps)\[(H3|LatentAttention|Mamba-|Parallel|RgLru|Rwkv4|S4d)",),
-    "models/encoder_decoder_test.py": ("test_packed_pairs_are_pairs_alone",),
+        r"test_(packed_is_standalone|parallel_is_prefill_is_steps)\[(H3|LatentAttention|Mamba-|Parallel|RgLru|Rwkv|S4)",
+        "test_bfloat16_is_finite"),
+    "models/encoder_decoder_test.py": ("test_packed_pairs_are_pairs_alone", "test_cached_decoding_is_teacher_forcing"),
     "models/gated_delta_test.py": (r"test_is_the_published_layer\[linear",),
     "models/heads_test.py": (r"test_four_devices_give_what_one_gives\[.*True",),
     "models/lm_test.py": (
-        r"test_every_weight_gets_a_gradient\[(dense\]|post_norm|shared|sinus|recurrent|parallel)",
+        r"test_every_weight_gets_a_gradient\[(dense|post_norm|shared|sinus|recurrent|parallel)",
         "test_remat_gives_equal_gradients", "test_init_has_the_declared_scale", "test_bfloat16_compute",
-        r"test_(packed_rows_and_cached_calls|scan_is_a_loop_over_layers)\[(dense\]|post_norm|shared|sinus|recurrent|parallel)"),
+        r"test_(packed_rows_and_cached_calls|scan_is_a_loop_over_layers)\[(dense_|post_norm|shared|sinus|recurrent|parallel)"),
     "models/mamba_test.py": (r"test_mamba2_is_that_of_transformers\[1", "test_steps_begin_as_published"),
     "models/moe_model_test.py": (
         r"test_whole_loss_on_four_devices\[(dp|fsdp|fsdp_tp|cp|ep_4)\]", "test_capacity_drops",
@@ -49,21 +51,23 @@ SLOW: dict[str, tuple[str, ...]] = {
     "presets_test.py": ("test_every_preset_is_listed",),
     "scaling/prediction_test.py": ("test_one_made_later_is_refused",),
     "scaling/extended_test.py": (r"test_the_law_comes_back.*\[repeated", "test_an_answer_at_a_budget"),
-    "tools/aot_test.py": ("test_golden_by_the_command",),
+    "tools/aot_test.py": ("test_golden_by_the_command", r"test_golden\[(?!expert)"),
+    "tools/compare_test.py": ("test_the_command",),
     "tools/data_tools_test.py": (r"test_train_tokenizer_gives",),
-    "training/averaging_test.py": ("test_schedule_free_evaluates", "test_it_is_made_in_the_step"),
+    "training/averaging_test.py": ("test_schedule_free_evaluates", "test_it_is_made_in_the_step", "test_a_run_evaluates"),
+    "training/branch_test.py": ("test_a_branch_ends_as_the_whole_run_does",),
     "training/disk_full_test.py": (r"test_a_run_survives_a_full_disk\[stop",),
     "training/mirrors_test.py": ("test_a_run_is_announced",),
     "training/objectives_test.py": (
-        r"test_four_devices_are_one\[(dp|fsdp_tp|cp)", r"test_(the_step_accumulates|accumulation_is_exact).*\[preference",
+        r"test_four_devices_are_one\[(dp|fsdp_tp|cp)", "test_the_step_accumulates", r"test_accumulation_is_exact.*\[preference",
         "test_the_frozen_reference"),
     "training/optimizers_test.py": (
         r"test_it_trains_the_debug_preset\[(adafactor|lion|muon|sgd)", r"test_saved_and_restored.*\[(adafactor|lion|sgd)",
         r"test_four_devices_make_the_update_of_one\[(adafactor|lion|sgd)",
         r"test_zero_gradient.*\[(adafactor|lion|muon|schedule)"),
-    "training/reporting_test.py": ("test_the_experts_load", "test_a_learning_run_goes_on"),
+    "training/reporting_test.py": ("test_the_experts_load", "test_a_learning_run_goes_on", "test_a_stopped_run_counts"),
     "training/resume_test.py": ("test_stopped_at_any_step_and_resumed", "test_sigterm_exits_with_75"),
-    "training/rollback_test.py": (r"test_a_passing_fault_leaves_no_trace\[nan_batch", r"test_killed_anywhere.*\[19"),
+    "training/rollback_test.py": (r"test_a_passing_fault_leaves_no_trace\[nan_batch", "test_killed_anywhere"),
     "training/tpu_test.py": (
         r"test_the_step_compiles.*\[(dp|fsdp_tp|cp|ep|ep_dropless|pallas)\]", "test_experts_are_not_gathered",
         "test_flash_attention_is_in_the_sharded_step", "test_memory_is_sharded"),
