@@ -23,13 +23,14 @@ SLOW: dict[str, tuple[str, ...]] = {
         r"test_(matches_the_oracle|bfloat16_is_as_near_as_the_reference)\[.*-reference\]",
         r"test_a_query_that_sees_nothing.*\[(?!causal-chunked)"),
     "kernels/attention_tpu_test.py": (r"test_a_training_step_s_attention_compiles\[v5e",),
+    "kernels/attention_flash_test.py": ("test_races_are_looked_for",),
     "kernels/chunks_pallas_test.py": ("test_a_sharded_training_step_for_four_chips", "test_flops_are_those"),
     "kernels/cross_entropy_test.py": ("test_forward_alone_gives_the_same",),
     "kernels/diagonal_ssm_test.py": (
         r"test_long_convolution\[(.*token|diagonal)", r"test_recurrence\[(dplr-reference|diagonal-chunked|diagonal-reference)",
         "test_what_is_gone_at_once"),
     "kernels/ssd_test.py": ("test_bfloat16_is_near",),
-    "models/adapters_test.py": ("test_gradients_reach_every_adapter",),
+    "models/adapters_test.py": ("test_gradients_reach_every_adapter", "test_every_weight_with_inputs"),
     "models/contract_test.py": (
         r"test_(packed_is_standalone|parallel_is_prefill_is_steps)\[(H3|LatentAttention|Mamba-|Parallel|RgLru|Rwkv|S4)",
         "test_bfloat16_is_finite"),
@@ -48,26 +49,32 @@ SLOW: dict[str, tuple[str, ...]] = {
     "models/s4_test.py": (r"test_convolution_is_recurrence\[H3",),
     "models/sharded_contract_test.py": (
         r"test_four_devices_give_what_one_gives\[((dp|fsdp|ep)-|(cp|fsdp_tp)-(?!(Attention|Mamba2|Moe)\]))",),
+    "params_test.py": (r"test_adapters_of_every_shape",),
     "presets_test.py": ("test_every_preset_is_listed",),
+    "scaling/planner_test.py": ("test_training_states_are_the_arrays",),
     "scaling/prediction_test.py": ("test_one_made_later_is_refused",),
     "scaling/extended_test.py": (r"test_the_law_comes_back.*\[repeated", "test_an_answer_at_a_budget"),
     "tools/aot_test.py": ("test_golden_by_the_command", r"test_golden\[(?!expert)"),
     "tools/compare_test.py": ("test_the_command",),
     "tools/data_tools_test.py": (r"test_train_tokenizer_gives",),
-    "training/averaging_test.py": ("test_schedule_free_evaluates", "test_it_is_made_in_the_step", "test_a_run_evaluates"),
+    "training/averaging_test.py": (
+        "test_schedule_free_evaluates", "test_it_is_made_in_the_step", "test_a_run_evaluates", "test_bfloat16"),
     "training/branch_test.py": ("test_a_branch_ends_as_the_whole_run_does",),
     "training/disk_full_test.py": (r"test_a_run_survives_a_full_disk\[stop",),
     "training/mirrors_test.py": ("test_a_run_is_announced",),
+    "training/muon_test.py": ("test_adafactor_is_its_algorithm", "test_what_is_no_hidden_matrix"),
     "training/objectives_test.py": (
         r"test_four_devices_are_one\[(dp|fsdp_tp|cp)", "test_the_step_accumulates", r"test_accumulation_is_exact.*\[preference",
         "test_the_frozen_reference"),
     "training/optimizers_test.py": (
-        r"test_it_trains_the_debug_preset\[(adafactor|lion|muon|sgd)", r"test_saved_and_restored.*\[(adafactor|lion|sgd)",
+        r"test_it_trains_the_debug_preset\[(adafactor|lion|muon|schedule|sgd)",
+        r"test_saved_and_restored.*\[(adafactor|lion|sgd)",
         r"test_four_devices_make_the_update_of_one\[(adafactor|lion|sgd)",
-        r"test_zero_gradient.*\[(adafactor|lion|muon|schedule)"),
+        r"test_(zero_gradient|state_is_sharded|a_step_has).*\[(adafactor|lion|muon|schedule)"),
     "training/reporting_test.py": ("test_the_experts_load", "test_a_learning_run_goes_on", "test_a_stopped_run_counts"),
-    "training/resume_test.py": ("test_stopped_at_any_step_and_resumed", "test_sigterm_exits_with_75"),
-    "training/rollback_test.py": (r"test_a_passing_fault_leaves_no_trace\[nan_batch", "test_killed_anywhere"),
+    "training/resume_test.py": ("test_stopped_at_any_step_and_resumed", "test_sigterm_exits_with_75", "test_params_load"),
+    "training/rollback_test.py": (
+        r"test_a_passing_fault_leaves_no_trace\[nan_batch", "test_killed_anywhere", "test_a_hopeless_run"),
     "training/tpu_test.py": (
         r"test_the_step_compiles.*\[(dp|fsdp_tp|cp|ep|ep_dropless|pallas)\]", "test_experts_are_not_gathered",
         "test_flash_attention_is_in_the_sharded_step", "test_memory_is_sharded"),
