@@ -8,6 +8,8 @@ is quick.
 import os
 import re
 
+from tests.slow import SLOW
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # For the TPU's compiler, which looks for a machine that isn't there, and may be at work in pytest's other process, too.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | os.environ
@@ -24,7 +26,6 @@ import jax  # noqa: E402  (after the flags)
 import pytest  # noqa: E402
 
 import tests.spikes  # noqa: E402, F401  (adds its rows to MIXERS)
-from tests.slow import SLOW  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
