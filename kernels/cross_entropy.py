@@ -334,7 +334,7 @@ def cross_entropy(
     for size, value in (("chunk", chunk), ("block", block)):
         if value is not None and value < 1:
             raise ValueError(f"cross_entropy: {size} {value} is below 1")
-    name = implementation or ("blocked" if split_over else "chunked")
+    name = ("blocked" if split_over else "chunked") if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"cross_entropy: implementation {name!r} is none of {', '.join(IMPLEMENTATIONS)}")
     if split_over and name != "blocked":
