@@ -61,14 +61,16 @@ def call(
 
 
 def _block(shape: tuple[int, ...], kind: str, grid: tuple[int, int, int], back: bool) -> pl.BlockSpec:
-    """Of program p in chunk m. wide: (B, M, Q, lanes of all programs); lanes: (B or 1, N, lanes of all programs); chunk:
+    """Of program p in chunk m. wide: (B, M, ..., lanes of all programs); lanes: (B or 1, ..., lanes of all programs); chunk:
     (B, M, P or a divisor, ...); row: (B, P, ...). What isn't named is whole in a block."""
     _, P, M = grid
     at = lambda m: M - 1 - m if back else m
     if kind == "wide":
-        return pl.BlockSpec((None, None, shape[2], shape[3] // P), lambda b, p, m: (b, at(m), 0, p))
+        inner = shape[2:-1]
+        return pl.BlockSpec((None, None, *inner, shape[-1] // P), lambda b, p, m: (b, at(m), *(0,) * len(inner), p))
     if kind == "lanes":
-        return pl.BlockSpec((None, shape[1], shape[2] // P), lambda b, p, m: (b if shape[0] > 1 else 0, 0, p))
+        inner = shape[1:-1]
+        return pl.BlockSpec((None, *inner, shape[-1] // P), lambda b, p, m: (b if shape[0] > 1 else 0, *(0,) * len(inner), p))
     if kind == "row":
         return pl.BlockSpec((None, None, *shape[2:]), lambda b, p, m: (b, p) + (0,) * len(shape[2:]))
     share = P // shape[2]  # `//` in the index would ask which TPU this is

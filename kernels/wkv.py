@@ -1,4 +1,4 @@
-"""RWKV-4's WKV over packed rows: the definition, and a form with all tokens at once.
+"""RWKV-4's WKV over packed rows: the definition, a form with all tokens at once, and the TPU's kernels.
 
 `reference` is the definition. Every other row of IMPLEMENTATIONS gives the same values and gradients: the
 tests hold all of them to one float64 oracle.
@@ -12,6 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels import wkv_pallas
+from kernels.lowering import on_tpu
+
+CHUNK = 64  # tokens of `pallas` whose sums are alive at one time
 NOTHING = -1e38  # exponent of an empty sum: finite, so that the difference of two is no NaN
 
 
@@ -44,7 +48,8 @@ def weighted(exponent: jax.Array, value: jax.Array) -> Sums:
 
 
 def choose(condition: jax.Array, yes: Sums, no: Sums) -> Sums:
-    return jax.tree.map(lambda a, b: jnp.where(condition[..., None], a, b), yes, no)
+    """By a condition that broadcasts against them."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def decayed(sums: Sums, log_decay: jax.Array) -> Sums:
@@ -57,17 +62,21 @@ def read(before: Sums, bonus_N: jax.Array, k: jax.Array, v: jax.Array) -> jax.Ar
     return total.numerator / total.denominator
 
 
+def step(sums: Sums, k, v, decay, bonus, valid, reset) -> tuple[Sums, jax.Array]:
+    """One token of each of these channels: (the sums after it, y). `valid` and `reset` broadcast against k."""
+    sums = choose(reset, empty(k.shape), sums)
+    return choose(valid, add(decayed(sums, -decay), weighted(k, v)), sums), read(sums, bonus, k, v)
+
+
 def reference(k_BxLxN, v_BxLxN, decay_N, bonus_N, valid_BxL, reset_BxL, state: Sums) -> tuple[jax.Array, Sums]:
     """The definition, one token after another. All float32."""
 
-    def step(state, token):
-        k_BxN, v_BxN, valid_B, reset_B = token
-        state = choose(reset_B, empty(k_BxN.shape), state)
-        after = add(decayed(state, -decay_N), weighted(k_BxN, v_BxN))
-        return choose(valid_B, after, state), read(state, bonus_N, k_BxN, v_BxN)
+    def token(state, token):
+        k_BxN, v_BxN, valid_Bx1, reset_Bx1 = token
+        return step(state, k_BxN, v_BxN, decay_N, bonus_N, valid_Bx1, reset_Bx1)
 
-    tokens = (k_BxLxN, v_BxLxN, valid_BxL, reset_BxL)
-    state, y_LxBxN = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+    tokens = (k_BxLxN, v_BxLxN, valid_BxL[..., None], reset_BxL[..., None])
+    state, y_LxBxN = jax.lax.scan(token, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     return jnp.moveaxis(y_LxBxN, 0, 1), state
 
 
@@ -79,19 +88,26 @@ def associative(k_BxLxN, v_BxLxN, decay_N, bonus_N, valid_BxL, reset_BxL, state:
         (first_decay, first_sums), (second_decay, second_sums) = first, second
         return first_decay + second_decay, add(decayed(first_sums, second_decay), second_sums)
 
-    decay_BxLxN = jnp.where(reset_BxL[..., None], -jnp.inf, jnp.where(valid_BxL[..., None], -decay_N, 0.0))
-    sums_BxLxN = choose(valid_BxL, weighted(k_BxLxN, v_BxLxN), empty(k_BxLxN.shape))
+    valid_BxLx1, reset_BxLx1 = valid_BxL[..., None], reset_BxL[..., None]
+    decay_BxLxN = jnp.where(reset_BxLx1, -jnp.inf, jnp.where(valid_BxLx1, -decay_N, 0.0))
+    sums_BxLxN = choose(valid_BxLx1, weighted(k_BxLxN, v_BxLxN), empty(k_BxLxN.shape))
     decay_BxLxN, sums_BxLxN = jax.lax.associative_scan(join, (decay_BxLxN, sums_BxLxN), axis=1)
     state_Bx1xN = jax.tree.map(lambda x: x[:, None], state)
     after_BxLxN = add(decayed(state_Bx1xN, decay_BxLxN), sums_BxLxN)
     before_BxLxN = jax.tree.map(lambda one, all: jnp.concatenate([one, all[:, :-1]], axis=1), state_Bx1xN, after_BxLxN)
-    before_BxLxN = choose(reset_BxL, empty(k_BxLxN.shape), before_BxLxN)
+    before_BxLxN = choose(reset_BxLx1, empty(k_BxLxN.shape), before_BxLxN)
     return read(before_BxLxN, bonus_N, k_BxLxN, v_BxLxN), jax.tree.map(lambda x: x[:, -1], after_BxLxN)
+
+
+def pallas(*operands) -> tuple[jax.Array, Sums]:
+    """The TPU's kernels; arguments and result as of `reference`."""
+    return wkv_pallas.pallas(step, *operands, CHUNK)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, Sums]]] = {
     "reference": reference,
     "associative": associative,
+    "pallas": pallas,
 }
 
 
@@ -118,7 +134,8 @@ def wkv(
       decay_N: above 0 (transformers' exp(time_decay)); bonus_N: its time_first.
       positions_BxL, segment_ids_BxL: int32, positions from 0 in each document; segment 0 is padding.
       state: the sums before the first token, each (B, N); None: empty.
-      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `associative`.
+      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `pallas` where the program is lowered for
+        a TPU and `associative` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Raises:
       ValueError: shapes that don't fit, an unknown implementation.
@@ -134,15 +151,15 @@ def wkv(
     for name, (array, shape) in given.items():
         if array.shape != shape:
             raise ValueError(f"wkv: {name} has shape {array.shape}, not {shape}")
-    if implementation is None:
-        run = reference if L == 1 else associative
-    elif implementation in IMPLEMENTATIONS:
-        run = IMPLEMENTATIONS[implementation]
-    else:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"wkv: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     valid_BxL = segment_ids_BxL != 0
     reset_BxL = valid_BxL & (positions_BxL == 0)
     state = empty((B, N)) if state is None else state
     k, v, decay, bonus = (x.astype(jnp.float32) for x in (k_BxLxN, v_BxLxN, decay_N, bonus_N))
-    y_BxLxN, state = run(k, v, decay, bonus, valid_BxL, reset_BxL, state)
+    operands = (k, v, decay, bonus, valid_BxL, reset_BxL, state)
+    if implementation is None and L > 1:
+        y_BxLxN, state = on_tpu(pallas, associative, None, *operands)
+    else:
+        y_BxLxN, state = IMPLEMENTATIONS[implementation or "reference"](*operands)
     return y_BxLxN.astype(v_BxLxN.dtype), state

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import wkv as module
 from kernels.wkv import IMPLEMENTATIONS, NOTHING, Sums, wkv
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
+from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 from tests.models.harness import QUICK, Layout
 
 N = 3
@@ -62,7 +64,8 @@ def sums_of(problem: Problem, implementation: str) -> tuple[jax.Array, Sums]:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_matches_the_oracle(layout, implementation):
+def test_matches_the_oracle(layout, implementation, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 4)
     rows = LAYOUTS[layout].rows
     written = Layout(tuple(row for row in rows if any(segment for segment, _ in row)))  # else there is no mean
     problem = make(written, continues=layout != "one chunk", size=3.0)
