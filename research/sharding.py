@@ -41,6 +41,7 @@ class Rules:
 _BATCH = ("data", "fsdp", "expert")  # experts' devices hold different rows outside the MoE layers
 _ROWS = {"batch": _BATCH, "expert_batch": _BATCH}  # expert_batch: rows where the expert axis is there too, inside MoE
 _ZERO3 = {axis: ("fsdp",) for axis in ("embed", "latent")}
+_LENGTH = _ROWS | {"length": ("context",)}
 _TENSOR = {axis: ("tensor",) for axis in ("vocab", "heads", "kv_heads", "mlp", "state")}
 
 RULES = {
@@ -49,7 +50,8 @@ RULES = {
     "fsdp_tp": Rules(_ZERO3 | _TENSOR, _ROWS | _TENSOR, rest="fsdp"),
     "ep": Rules(_ZERO3 | {"expert": ("expert",)},
                 {"batch": _BATCH, "expert_batch": ("data", "fsdp"), "expert": ("expert",)}, rest="fsdp"),
-    "cp": Rules(_ZERO3, _ROWS | {"length": ("context",)}, rest="fsdp"),
+    "cp": Rules(_ZERO3, _LENGTH, rest="fsdp"),
+    "ring": Rules(_ZERO3, _LENGTH | {"keys": ("context",)}, rest="fsdp"),  # attention's keys go round, never whole
 }
 
 

@@ -240,7 +240,7 @@ def test_local_leaves_auto_axes_to_the_compiler(devices):
 
 
 def test_rules_cover_the_named_families():
-    assert set(RULES) == {"dp", "fsdp", "fsdp_tp", "ep", "cp"}
+    assert set(RULES) == {"dp", "fsdp", "fsdp_tp", "ep", "cp", "ring"}
     for name, rules in RULES.items():
         used = {
             axis for table in (rules.weights, rules.activations) for axes in table.values() for axis in axes

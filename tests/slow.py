@@ -48,7 +48,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "models/published_test.py": (r"test_latent_attention\[False",),
     "models/s4_test.py": (r"test_convolution_is_recurrence\[H3",),
     "models/sharded_contract_test.py": (
-        r"test_four_devices_give_what_one_gives\[((dp|fsdp|ep)-|(cp|fsdp_tp)-(?!(Attention|Mamba2|Moe)\]))",),
+        r"test_four_devices_give_what_one_gives\[((dp|fsdp|ep)-|(cp|fsdp_tp|ring)-(?!(Attention|Mamba2|Moe)\]))",),
     "params_test.py": (r"test_adapters_of_every_shape",),
     "presets_test.py": ("test_every_preset_is_listed",),
     "scaling/planner_test.py": ("test_training_states_are_the_arrays",),
@@ -64,8 +64,8 @@ SLOW: dict[str, tuple[str, ...]] = {
     "training/mirrors_test.py": ("test_a_run_is_announced",),
     "training/muon_test.py": ("test_adafactor_is_its_algorithm", "test_what_is_no_hidden_matrix"),
     "training/objectives_test.py": (
-        r"test_four_devices_are_one\[(dp|fsdp_tp|cp)", "test_the_step_accumulates", r"test_accumulation_is_exact.*\[preference",
-        "test_the_frozen_reference"),
+        r"test_four_devices_are_one\[(dp|fsdp_tp|cp|ring)", "test_the_step_accumulates",
+        r"test_accumulation_is_exact.*\[preference", "test_the_frozen_reference"),
     "training/optimizers_test.py": (
         r"test_it_trains_the_debug_preset\[(adafactor|lion|muon|schedule|sgd)",
         r"test_saved_and_restored.*\[(adafactor|lion|sgd)",
@@ -76,6 +76,6 @@ SLOW: dict[str, tuple[str, ...]] = {
     "training/rollback_test.py": (
         r"test_a_passing_fault_leaves_no_trace\[nan_batch", "test_killed_anywhere", "test_a_hopeless_run"),
     "training/tpu_test.py": (
-        r"test_the_step_compiles.*\[(dp|fsdp_tp|cp|ep|ep_dropless|pallas)\]", "test_experts_are_not_gathered",
+        r"test_the_step_compiles.*\[(dp|fsdp_tp|cp|ring|ep|ep_dropless|pallas)\]", "test_experts_are_not_gathered",
         "test_flash_attention_is_in_the_sharded_step", "test_memory_is_sharded"),
 }

@@ -20,7 +20,7 @@ from research.scaling.footprint import activations
 from research.schema import Config
 from research.training.program import make_program
 
-REMAT = ("none", "dots", "full")  # from the fewest FLOPs to the least memory
+REMAT = ("none", "dots", "full", "offload")  # from the fewest FLOPs to the least memory
 KEPT = ("memory", "flops", "collectives", "parts", "floors", "step_seconds", "mfu", "compile_seconds")
 
 
@@ -50,7 +50,7 @@ def layouts(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
     meshes = [{"mesh.rules": "fsdp"}, *({"mesh.rules": "fsdp", "mesh.data": n} for n in (2, 4) if devices % (4 * n) == 0),
               *({"mesh.rules": "fsdp_tp", "mesh.tensor": n} for n in (2, 4, 8) if devices % n == 0),
               *({"mesh.rules": "ep", "mesh.expert": n} for n in (2, 4, 8) if moe and devices % n == 0),
-              {"mesh.rules": "cp", "mesh.context": 2}, {"mesh.rules": "dp"}]
+              *({"mesh.rules": rules, "mesh.context": 2} for rules in ("cp", "ring")), {"mesh.rules": "dp"}]
     own = {f"mesh.{name}": getattr(config.mesh, name) for name in ("rules", "data", "fsdp", "tensor", "expert", "context")
            if getattr(config.mesh, name)}
     meshes = [own, *(mesh for mesh in meshes if mesh != own)]
@@ -102,7 +102,7 @@ def _compile(config: Config, topology: Topology, sets: Mapping[str, Any]) -> Tri
         state = topology.chip.devices * state_bytes(make_program(config, devices_of(topology, config.mesh.slices)))
         if state > topology.chip.hbm_bytes:
             return Trial(sets, None, f"needs {state / 1e9:,.0f} GB a chip for the state alone")
-        kept = activations(config).low / topology.chips / config.mesh.slices
+        kept = 0.0 if config.model.remat == "offload" else activations(config).low / topology.chips / config.mesh.slices
         if state + kept > topology.chip.hbm_bytes:
             return Trial(sets, None, f"needs {state / 1e9:,.0f} GB a chip for the state, {kept / 1e9:,.0f} for activations")
         answer = report(compile_for(config, topology))

@@ -82,16 +82,22 @@ def attend(
     window: int | None = None, softcap: float | None = None, slopes_H: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`kernels.attention` on each device's own rows and heads; the shapes are its own."""
+    """`kernels.attention` on each device's own rows and heads; the shapes are its own.
+
+    Where rows are split along their length, keys come whole, or, by rules that split them likewise, go round the devices.
+    """
+    ring = sharding.mesh_axes("keys", k.shape[1])
+    if ring != sharding.mesh_axes("length", q.shape[1]) or implementation == "reference":
+        ring = ()  # a cache, a memory of another length: read whole
 
     def kernel(q, k, v, q_positions, k_positions, q_segments, k_segments, k_prefix, slopes_H):
         return attention(
             q, k, v, q_positions_BxL=q_positions, k_positions_BxS=k_positions, q_segment_ids_BxL=q_segments,
             k_segment_ids_BxS=k_segments, mask_kind=mask_kind, k_prefix_BxS=k_prefix, window=window,
-            alibi_slopes_H=slopes_H, softcap=softcap, scale=scale, implementation=implementation)
+            alibi_slopes_H=slopes_H, softcap=softcap, scale=scale, implementation=implementation, axis_name=ring or None)
 
-    queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
-    rows_q, rows_k = queries[:2], keys[:2]  # keys are whole along their length: gathered under context parallelism
+    queries, keys = ("batch", "length", "heads", None), ("batch", "keys" if ring else None, "kv_heads", None)
+    rows_q, rows_k = queries[:2], keys[:2]
     k_prefix = k_prefix if mask_kind == "prefix" else None
     axes = (queries, keys, keys, rows_q, rows_k, rows_q, rows_k, rows_k if k_prefix is not None else None,
             ("heads",) if slopes_H is not None else None)

@@ -30,8 +30,11 @@ MESHES = {
     "fsdp": MeshConfig(rules="fsdp"),
     "fsdp_tp": MeshConfig(rules="fsdp_tp", tensor=2),
     "cp": MeshConfig(rules="cp", context=2),
+    "ring": MeshConfig(rules="ring", context=2),
     "ep": MeshConfig(rules="ep", expert=2),
 }
+ONLY = {"ep": ("Moe", "Parallel"), "ring": ("Attention", "LatentAttention", "Parallel")}  # the others have no such axis
+PAIRS = [(rules, row) for rules in MESHES for row in CASES if rules not in ONLY or row in ONLY[rules]]
 LAYOUT = Layout((((1, 5), (2, 7)), ((1, 7), (2, 5)), ((1, 12),), ((1, 3), (0, 1), (1, 4), (2, 3), (0, 1))))
 
 
@@ -92,11 +95,8 @@ def arguments(row: str) -> tuple:
     )
 
 
-@pytest.mark.parametrize("row", CASES)
-@pytest.mark.parametrize("rules_name", MESHES)
+@pytest.mark.parametrize("rules_name, row", PAIRS)
 def test_four_devices_give_what_one_gives(row: str, rules_name: str, devices):
-    if rules_name == "ep" and row not in ("Moe", "Parallel"):
-        pytest.skip("has no expert axis")
     mesh, rules = sharding.make_mesh(MESHES[rules_name], devices), sharding.rules_named(rules_name)
     all_params, x, memory, ctx, probe = arguments(row)
     placed = tuple(

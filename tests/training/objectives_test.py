@@ -89,7 +89,8 @@ def test_the_step_accumulates_like_one_batch(name):
             np.testing.assert_allclose(one[key], four[key], rtol=1e-4)
 
 
-@pytest.mark.parametrize("rules,axis", [("dp", None), ("fsdp", None), ("fsdp_tp", "tensor"), ("cp", "context")])
+@pytest.mark.parametrize(
+    "rules,axis", [("dp", None), ("fsdp", None), ("fsdp_tp", "tensor"), ("cp", "context"), ("ring", "context")])
 def test_four_devices_are_one(rules, axis, devices):
     """Loss and parameters after two steps are those of one device, under every family of rules."""
     reference, expected = run_steps(one_device(config_of("next_token")), 2)

@@ -58,6 +58,7 @@ CASES = {
     "ep": quickstart("ep", MOE, expert=2),
     "ep_dropless": quickstart("ep", DROPLESS, expert=2),
     "cp": quickstart("cp", context=2),
+    "ring": quickstart("ring", context=2),
     "pallas": quickstart("fsdp", PALLAS),
 }
 
@@ -123,7 +124,7 @@ def test_the_pallas_kernel_is_in_the_program(compiled):
     assert "tpu_custom_call" in compiled("pallas").as_text()
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "cp"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_tp", "cp", "ring"])
 def test_flash_attention_is_in_the_sharded_step(name, compiled):
     """Forward and backward, though nothing names it and this is a CPU."""
     text = compiled(name).as_text()
@@ -159,6 +160,7 @@ PINNED: dict[str, dict[str, dict[str, int]]] = {
         "ep_dropless": {"all-gather": 20, "ragged-all-to-all": 1, "all-reduce": 18, "collective-permute": 2, "all-to-all": 1},
         "ep": {"all-gather": 20, "all-reduce": 17, "all-to-all": 5, "collective-permute": 2},
         "cp": {"all-gather": 26, "collective-permute": 2, "all-reduce": 13, "all-to-all": 2},
+        "ring": {"all-gather": 18, "collective-permute": 3, "all-reduce": 13, "all-to-all": 2},
         "pallas": {"all-gather": 10, "all-reduce": 10, "all-to-all": 2},
     },
     "0.12": {
@@ -168,6 +170,7 @@ PINNED: dict[str, dict[str, dict[str, int]]] = {
         "ep_dropless": {"all-gather": 19, "ragged-all-to-all": 1, "all-reduce": 18, "collective-permute": 2, "all-to-all": 1},
         "ep": {"all-gather": 19, "all-reduce": 17, "all-to-all": 5, "collective-permute": 2},
         "cp": {"all-gather": 26, "collective-permute": 2, "all-reduce": 13, "all-to-all": 2},
+        "ring": {"all-gather": 18, "collective-permute": 3, "all-reduce": 13, "all-to-all": 2},
         "pallas": {"all-gather": 10, "all-reduce": 10, "all-to-all": 2},
     },
 }
