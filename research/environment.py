@@ -6,12 +6,15 @@ import importlib.metadata
 import os
 import sys
 
+from research import tpu_flags
+
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # names of parameters in glibc's malloc.h
 _NAMED_SHARDINGS = "xla_enable_hlo_sharding_v3"
 
 
 def prepare() -> None:
-    """Chooses the CPU where there is no accelerator, and there keeps the memory that XLA frees."""
+    """Chooses the CPU where there is no accelerator, and there keeps the memory that XLA frees; a TPU gets its flags."""
+    tpu_flags.use(tpu_flags.generation())
     if not accelerators():
         # With libtpu installed (to compile for TPUs that aren't here) JAX would look for one, slowly and with noise.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,0 +1,41 @@
+"""Which flags a launch on a TPU gets, and that a user's own stay."""
+
+import os
+
+import pytest
+
+from research import tpu_flags
+from research.aot.compile import TPUS
+from research.hardware import CHIPS
+
+
+def test_every_tpu_has_its_row():
+    assert set(tpu_flags.FLAGS) == {name for name, chip in CHIPS.items() if chip.kind == "tpu"} >= set(TPUS)
+    assert set(tpu_flags._DEVICES.values()) == set(tpu_flags.FLAGS)
+
+
+@pytest.mark.parametrize("devices, found", [
+    ({"0": ("0x8086", "0x1234"), "1": ("0x1ae0", "0x0062")}, "v5p"), ({"0": ("0x1ae0", "0xffff")}, None), ({}, None)])
+def test_the_generation_is_read_from_the_bus(devices, found, tmp_path):
+    for name, (vendor, device) in devices.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "device").write_text(f"{device}\n")
+    assert tpu_flags.generation(str(tmp_path)) == found
+
+
+def test_a_users_flags_stay_and_nothing_is_said_twice(monkeypatch):
+    own = "--xla_enable_async_all_gather=false"
+    monkeypatch.setenv(tpu_flags.VARIABLE, own)
+    tpu_flags.use("v5e")
+    words = os.environ[tpu_flags.VARIABLE].split()
+    assert set(words) == set(tpu_flags.FLAGS["v5e"]) - {"--xla_enable_async_all_gather=true"} | {own}
+    tpu_flags.use("v5e")
+    assert words == os.environ[tpu_flags.VARIABLE].split() and len(words) == len(set(words))
+
+
+@pytest.mark.parametrize("chip", [None, "tpu7x"])
+def test_without_flags_the_environment_stays(chip, monkeypatch):
+    monkeypatch.delenv(tpu_flags.VARIABLE, raising=False)
+    tpu_flags.use(chip)
+    assert tpu_flags.VARIABLE not in os.environ
