@@ -1,6 +1,6 @@
 """The ladder's models: bytes of source code, one recipe for every size, so that size and tokens are all that differs.
 
-Width decides the rest: heads of 16, a depth of width / 24 (at least 2), the MLP 8/3 of the width; AdamW's learning rate is
+Width decides the rest: heads of 16, one layer for each 16 of width, the MLP 8/3 of the width; AdamW's learning rate is
 BASE_LR * BASE_DIM / width for hidden and output weights and BASE_LR for those that read one token or no matrix (the muP rule of
 Yang et al. 2022, table 8, without its change of the output's initial scale). Warm-up, stable, then a fifth of decay to zero,
 so that one trunk serves many token counts (Hu et al. 2024, section 4).
@@ -26,25 +26,25 @@ from research.schema import (
 )
 
 HEAD_DIM = 16
-BASE_DIM, BASE_LR = 64, 6e-3
+BASE_DIM, BASE_LR = 64, 3e-3
 
 
 def _ladder(name: str, stage: Stage) -> Config:
     return Config(
-        name=name, model=ModelConfig(vocab_size=264, dim=BASE_DIM, max_len=256, stages=(stage,)),
-        data=DataConfig(sources=(Source("sourcecode", {"max_bytes": 40_000_000}),), seq_len=256,
-                        validation=(Validation(max_rows=256),)),
+        name=name, model=ModelConfig(vocab_size=264, dim=BASE_DIM, max_len=128, stages=(stage,)),
+        data=DataConfig(sources=(Source("sourcecode", {"max_bytes": 40_000_000}),), seq_len=128,
+                        validation=(Validation(max_rows=512),)),
         optim=OptimConfig(lr=BASE_LR, schedule="wsd", warmup_steps=50, weight_decay=0.1),
         train=TrainConfig(steps=1000, batch_size=4, log_every=20), checkpoint=CheckpointConfig(every_minutes=1.0, keep_last=1))
 
 
 def ladder_transformer() -> Config:
     mixers = Attention(heads=BASE_DIM // HEAD_DIM), GatedMlp(hidden=8 * (BASE_DIM // 3))
-    return _ladder("ladder_transformer", Stage(mixers, 3))
+    return _ladder("ladder_transformer", Stage(mixers, BASE_DIM // 16))
 
 
 def ladder_mamba2() -> Config:
-    return _ladder("ladder_mamba2", Stage((Mamba2(head_dim=HEAD_DIM, state=16, chunk=32),), 6))
+    return _ladder("ladder_mamba2", Stage((Mamba2(head_dim=HEAD_DIM, state=16, chunk=32),), BASE_DIM // 8))
 
 
 def _shared(dim: int) -> dict[str, int | float]:
@@ -56,20 +56,20 @@ def transformer_size(dim: int) -> dict[str, int | float]:
     """Overrides of ladder_transformer for this width, a multiple of HEAD_DIM."""
     if dim % HEAD_DIM:
         raise InputError("--dims", f"{dim} is no multiple of {HEAD_DIM}, the width of a head", "choose multiples")
-    return _shared(dim) | {"model.stages.0.repeats": max(2, round(dim / 24)), "model.stages.0.pattern.0.heads": dim // HEAD_DIM,
+    return _shared(dim) | {"model.stages.0.repeats": dim // 16, "model.stages.0.pattern.0.heads": dim // HEAD_DIM,
                            "model.stages.0.pattern.1.hidden": 8 * (dim // 3)}
 
 
 def mamba2_size(dim: int) -> dict[str, int | float]:
     """Overrides of ladder_mamba2 for this width; a Mamba-2 layer has half the weights of attention and MLP together."""
-    return _shared(dim) | {"model.stages.0.repeats": 2 * max(2, round(dim / 24))}
+    return _shared(dim) | {"model.stages.0.repeats": dim // 8}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A ladder by its preset: `size` gives a width's overrides; the default widths, and isoFLOP budgets in FLOPs.
 
-    The defaults take two cores about 15 minutes.
+    The defaults take two cores about 20 minutes with `--jobs=2`.
     """
 
     preset: str
@@ -78,9 +78,8 @@ class Family:
     budgets: tuple[float, ...]
 
 
+DIMS, BUDGETS = (32, 48, 64, 80, 96), (3.5e11, 8.5e11, 2.05e12, 5e12, 1.2e13)
 FAMILIES = {
-    "transformer": Family("ladder_transformer", transformer_size, (16, 32, 48, 64, 80, 96),
-                          (4.8e10, 1.2e11, 3e11, 7.5e11, 1.8e12)),
-    "mamba2": Family("ladder_mamba2", mamba2_size, (16, 24, 32, 48, 64, 80),
-                     (4e10, 1e11, 2.4e11, 6e11, 1.4e12)),
+    "transformer": Family("ladder_transformer", transformer_size, DIMS, BUDGETS),
+    "mamba2": Family("ladder_mamba2", mamba2_size, DIMS, BUDGETS),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import preset
-from configs.ladder import FAMILIES
+from configs.ladder import BASE_LR, FAMILIES
 from experiments import ladder, ladder_report
 from experiments.cells import cost_in_words, total_cost
 from research.config import override
@@ -156,7 +156,7 @@ def test_the_default_ladder_is_long_enough(family):
     for dim in chosen.dims:
         config = override(preset(chosen.preset), chosen.size(dim))
         assert config.model.dim == dim and config.optim.role_lr.input == pytest.approx(dim / 64)
-        assert config.optim.lr * config.optim.role_lr.input == pytest.approx(6e-3)
+        assert config.optim.lr * config.optim.role_lr.input == pytest.approx(BASE_LR)
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:
