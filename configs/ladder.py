@@ -78,8 +78,8 @@ class Family:
     budgets: tuple[float, ...]
 
 
-DIMS, BUDGETS = (32, 48, 64, 80, 96), (3.5e11, 8.5e11, 2.05e12, 5e12, 1.2e13)
+DIMS = 32, 48, 64, 80, 96
 FAMILIES = {
-    "transformer": Family("ladder_transformer", transformer_size, DIMS, BUDGETS),
-    "mamba2": Family("ladder_mamba2", mamba2_size, DIMS, BUDGETS),
+    "transformer": Family("ladder_transformer", transformer_size, DIMS, (3.5e11, 8.5e11, 2.05e12, 5e12, 1.2e13)),
+    "mamba2": Family("ladder_mamba2", mamba2_size, DIMS, (4.5e11, 1.05e12, 2.5e12, 6e12, 1.45e13)),
 }

@@ -76,7 +76,8 @@ class ModelConfig(Node):
     """A model is a tuple of stages. `positions` is what is added to the embedding; RoPE and ALiBi belong to Attention.
 
     `embedding_norm`: one more norm, after the embedding (RWKV's ln0, BERT). `unroll`: layers of a stage in one turn of its
-    scan; more compile longer and, on CPUs, run up to a tenth faster.
+    scan; more compile longer and, on CPUs, run up to a tenth faster. `remat`: what of a layer the backward pass keeps: `full`
+    its input alone, `offload` that in the host's memory, `dots` also its products with weights.
     """
 
     vocab_size: Positive
@@ -88,7 +89,7 @@ class ModelConfig(Node):
     tie_embeddings: bool = False
     positions: Literal["none", "sinusoidal", "learned"] = "none"
     dropout: Fraction = 0.0
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "offload"] = "none"
     unroll: Positive = 1
     param_dtype: DType = "float32"
     compute_dtype: DType = "float32"
@@ -172,7 +173,8 @@ class RoleLr(Node):
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Node):
     """`lr` is the peak. `decay_steps`: length of the final decay (wsd), time scale (rsqrt; 0 = warmup_steps) or, for the
-    others, of the decay after the warm-up, 0 = until the last step."""
+    others, of the decay after the warm-up, 0 = until the last step. `offload`: the state rests in the host's memory and comes
+    to the device for the update."""
 
     name: str = "adamw"
     lr: NonNegative = 1e-3
@@ -186,6 +188,7 @@ class OptimConfig(Node):
     clip_norm: NonNegative = 1.0
     z_loss: NonNegative = 0.0
     role_lr: RoleLr = RoleLr()
+    offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

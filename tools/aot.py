@@ -16,6 +16,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import command_line
+from research import tpu_flags
 from research.aot.compile import compile_for, tpu_topology
 from research.aot.report import report
 from research.aot.search import Trial, best, search
@@ -78,6 +79,8 @@ def number(interval: dict | None) -> str:
 def verdict(answer: dict) -> str:
     memory = answer["memory"]
     if memory["fits"]:
+        if memory["peak"] is None:
+            return f"fits: {size(memory['total'])} of {size(memory['hbm'])} a chip at most; {size(memory['host'])} on the host"
         return f"fits: {size(memory['peak'])} of {size(memory['hbm'])} a chip are alive at the fullest moment"
     over = memory["total"] - memory["hbm"]
     verdict = f"does not fit: {size(memory['total'])} a chip, {size(over)} more than it has"
@@ -89,7 +92,7 @@ def show(answer: dict) -> None:
     mesh = ", ".join(f"{axis}={size}" for axis, size in answer["mesh"].items()) or "one device"
     print(f"{answer['config']} on {answer['chips']} chips of {answer['topology']} ({mesh})\n")
     rows = [["figure", "value"], *([f"memory.{name}", size(memory[name])] for name in (
-        "arguments", "temporaries", "total", "peak", "hbm")),
+        "arguments", "temporaries", "total", "peak", "hbm", "host")),
         ["flops.step", "unknown" if flops["step"] is None else f"{flops['step']:.4g}"],
         ["flops.model", f"{flops['model']:.4g}"],
         ["flops.ratio", "unknown" if flops["ratio"] is None else f"{flops['ratio']:.3f}"],
@@ -157,6 +160,7 @@ def main(_: list[str]) -> int:
     if FLAGS.price is not None and not 0 < FLAGS.price < float("inf"):
         raise InputError("--price", f"{FLAGS.price:g} isn't positive", "give USD per chip-hour")
     topology = tpu_topology(FLAGS.topology)
+    tpu_flags.use(topology.chip.name)  # as launches do on it
     config = command_line.configured()[0]
     if FLAGS.search:
         run_search(config, topology)

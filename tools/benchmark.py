@@ -5,11 +5,14 @@ of its own, so that a slow moment of a shared machine hits both; the ratio is th
 best float32 matrix product, measured between the turns. `mixers`: recurrent ones against attention, by length. `data` compares
 tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts the loss's temporaries,
 `checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults; `kernels`:
-implementations in turns. Nothing here is a test: of seconds, only the paired ratios mean anything.
+implementations in turns; `aot`: what the TPU's compiler says, without a TPU. Nothing here is a test: of seconds, only the
+paired ratios mean anything.
 """
 
 import multiprocessing
+import os
 import statistics
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from typing import Any, Mapping
@@ -25,12 +28,17 @@ from research.environment import keep_freed_memory
 from research.errors import InputError
 from research.models.attention import Attention
 from research.models.gated_delta import GatedDelta
+from research.models.h3 import H3
 from research.models.mamba import Mamba
 from research.models.mamba2 import Mamba2
 from research.models.mlp import GatedMlp
 from research.models.rglru import RgLru
+from research.models.rwkv4 import Rwkv4ChannelMix, Rwkv4TimeMix
+from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
+from research.models.s4 import S4
 from research.models.s4d import S4d
 from research.schema import Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig
+from tools.benchmark_compiled import compiled_for_tpu
 from tools.benchmark_kernels import kernels
 from tools.benchmark_running import checkpoints, input_side, loss_memory, running, start, watched
 
@@ -70,8 +78,12 @@ RECURRENT: dict[str, tuple[tuple[MixerConfig, ...], int]] = {
     "linear_attention": ((GatedDelta(heads=4, key_dim=64, delta=False), GatedMlp(hidden=704)), 4),
     "gated_delta": ((GatedDelta(heads=4, key_dim=64), GatedMlp(hidden=704)), 4),
     "mamba": ((Mamba(),), 8),
+    "s4": ((S4(), GatedMlp(hidden=704)), 4),
     "s4d": ((S4d(), GatedMlp(hidden=704)), 4),
+    "h3": ((H3(), GatedMlp(hidden=704)), 4),
     "rglru": ((RgLru(heads=4), GatedMlp(hidden=704)), 4),
+    "rwkv4": ((Rwkv4TimeMix(depth=4), Rwkv4ChannelMix(hidden=1024, depth=4)), 4),
+    "rwkv7": ((Rwkv7TimeMix(depth=4), Rwkv7ChannelMix(hidden=1024, depth=4)), 4),
 }
 LENGTHS = (1024, 4096, 16384)
 
@@ -184,6 +196,15 @@ class Worker:
         self._process.join()
 
 
+def turn_alone(target: Any, config: Config, seconds: float) -> float:
+    """Steps per second over one turn of a process that ends with it: those that wait keep memory, which slows large steps."""
+    worker = Worker(target, config)
+    try:
+        return worker.rate(seconds)
+    finally:
+        worker.close()
+
+
 def measure(name: str, config: Config, rounds: int, seconds: float, with_torch: bool) -> dict[str, Any]:
     """The JSON entry of one case: medians over rounds, and every round's ratio."""
     sides = {"ours": Worker(ours, config), "ceiling": Worker(ceiling, config)}
@@ -259,32 +280,30 @@ def mixers() -> dict[str, Any]:
 
     `ratio`: tokens a second over attention's; `exponent`: of the seconds of one row against L; medians of paired rounds.
     """
-    names = chosen(RECURRENT)
-    base, found = Worker(ours, row("attention", ATTENTION, 4, 1024, 4)), []
-    for name in names:
-        pattern, repeats = RECURRENT[name]
-        workers = {length: Worker(ours, row(name, pattern, repeats, length, 1)) for length in LENGTHS}
-        rates: dict[int, list[float]] = {length: [] for length in (0, *LENGTHS)}
-        for _ in range(FLAGS.rounds):
-            rates[0].append(4096 * base.rate(FLAGS.seconds))
-            for length, worker in workers.items():
-                rates[length].append(length * worker.rate(FLAGS.seconds))
-        for worker in workers.values():
-            worker.close()
-        ratios = [rate / attention for rate, attention in zip(rates[4096], rates[0])]
-        seconds = [[length / rates[length][number] for length in LENGTHS] for number in range(FLAGS.rounds)]
-        exponents = [float(np.polyfit(np.log(LENGTHS), np.log(found_L), 1)[0]) for found_L in seconds]
-        found.append({"name": name, "ratio": statistics.median(ratios), "exponent": statistics.median(exponents),
-                      "ratios": ratios, "exponents": exponents,
-                      "tokens_per_second": {str(length): statistics.median(rates[length]) for length in LENGTHS}})
-        logging.info("%s", found[-1])
-    base.close()
-    return {"mixers": found, "attention_length": 1024, "rounds": FLAGS.rounds}
+    names, found = chosen(RECURRENT), []
+    attention = row("attention", ATTENTION, 4, 1024, 4)
+    with tempfile.TemporaryDirectory() as cache:  # each program is compiled once, whatever the rounds
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+        for name in names:
+            rows = {length: row(name, *RECURRENT[name], length, 1) for length in LENGTHS}
+            rates: dict[int, list[float]] = {length: [] for length in (0, *LENGTHS)}
+            for _ in range(FLAGS.rounds):
+                rates[0].append(4096 * turn_alone(ours, attention, FLAGS.seconds))
+                for length, config in rows.items():
+                    rates[length].append(length * turn_alone(ours, config, FLAGS.seconds))
+            ratios = [rate / base for rate, base in zip(rates[4096], rates[0])]
+            seconds = [[length / rates[length][number] for length in LENGTHS] for number in range(FLAGS.rounds)]
+            exponents = [float(np.polyfit(np.log(LENGTHS), np.log(found_L), 1)[0]) for found_L in seconds]
+            found.append({"name": name, "ratio": statistics.median(ratios), "exponent": statistics.median(exponents),
+                          "ratios": ratios, "exponents": exponents,
+                          "tokens_per_second": {str(length): statistics.median(rates[length]) for length in LENGTHS}})
+            logging.info("%s", found[-1])
+    return {"mixers": found, "attention_length": 1024, "rounds": FLAGS.rounds, "seconds": FLAGS.seconds}
 
 
 VERBS = {"train": train, "mixers": mixers, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds),
          "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(max(FLAGS.rounds, 2)),
-         "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4)}
+         "aot": compiled_for_tpu, "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4)}
 
 
 def main(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ from research.hardware import Topology, parse_topology
 from research.schema import Config
 from research.training.flops import count_flops
 from research.training.program import Program, make_program
+from research.training.state import HOST
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -32,7 +33,8 @@ class Memory:
     """Bytes a chip. `total`: arguments (the state and a batch), temporaries, and outputs without what they reuse.
 
     temporaries are as the compiler's summary counts them, which is more than it sets aside (docs/tpu.md). `peak` is what is
-    alive at one time, arguments included; None where the compiler gave up. `fits`: its verdict, it refuses what it can't place.
+    alive at one time, arguments included; None where the compiler gave up, or counts the host's with it. `fits`: its verdict,
+    it refuses what it can't place. `host`: arguments and temporaries in the host's memory, which the others don't count.
     """
 
     arguments: int
@@ -41,6 +43,7 @@ class Memory:
     peak: int | None
     hbm: int
     fits: bool
+    host: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ def compile_for(config: Config, topology: Topology) -> Compiled:
     program = make_program(config, devices_of(topology, slices))
     started = time.perf_counter()
     text, failure = None, ""
-    with _no_cache():
+    with no_cache():
         try:
             compiled = program.compile()
             text = compiled.as_text()
@@ -109,7 +112,7 @@ def compile_for(config: Config, topology: Topology) -> Compiled:
     return Compiled(program, topology, slices, memory, text, seconds)
 
 
-class _no_cache:
+class no_cache:
     """A program compiled for a topology can't be read back from the persistent cache: JAX would try, and warn."""
 
     def __enter__(self) -> None:
@@ -124,8 +127,9 @@ def _memory(compiled: Any, topology: Topology) -> Memory:
     found, devices = compiled.memory_analysis(), topology.chip.devices
     arguments, temporaries = devices * found.argument_size_in_bytes, devices * found.temp_size_in_bytes
     outputs = devices * (found.output_size_in_bytes - found.alias_size_in_bytes)
-    return Memory(arguments, temporaries, arguments + temporaries + outputs, devices * found.peak_memory_in_bytes,
-                  topology.chip.hbm_bytes, True)
+    host = devices * (found.host_argument_size_in_bytes + found.host_temp_size_in_bytes)
+    peak = None if host else devices * found.peak_memory_in_bytes  # which counts the host's, too
+    return Memory(arguments, temporaries, arguments + temporaries + outputs, peak, topology.chip.hbm_bytes, True, host)
 
 
 def _too_much(message: str, topology: Topology, state: int) -> Memory:
@@ -146,9 +150,9 @@ def _too_much(message: str, topology: Topology, state: int) -> Memory:
 
 
 def state_bytes(program: Program) -> int:
-    """Of the state on one device, from shapes: without the tiles that a compiler rounds up to."""
+    """Of the state on one device, from shapes: without the tiles that a compiler rounds up to, and what rests on the host."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(program.abstract))
+               for leaf in jax.tree.leaves(program.abstract) if leaf.sharding.memory_kind != HOST)
 
 
 def step_flops(program: Program) -> float:

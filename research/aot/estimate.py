@@ -153,6 +153,8 @@ def step_seconds(
         return None, f"no published run has {', '.join(strange)}"
     if config.model.dim < LEAST_DIM:
         return None, f"no published run is as narrow as model.dim={config.model.dim}"
+    if config.optim.offload or config.model.remat == "offload":
+        return None, "what goes to the host and comes back isn't modelled"
     if config.mesh.slices > 1:
         return None, "no published run here is over several slices"
     if step.silent:

@@ -129,8 +129,10 @@ def what_would_help(config: Config, memory: Memory, mesh: Mapping[str, int], chi
         found.append(f"at least {math.ceil(chips * memory.total / memory.hbm)} chips, if all of it were split evenly")
         if OPTIMIZERS["adafactor"] is not OPTIMIZERS[config.optim.name]:
             found.append("optim.name=adafactor with optim.b1=0 keeps next to no optimizer state")
+        if not config.optim.offload:
+            found.append("optim.offload=true keeps the optimizer's state in the hosts' memory, and waits for it each step")
     if config.model.remat != "full":
-        found.append("model.remat=full keeps one activation a layer")
+        found.append("model.remat=full keeps one activation a layer, offload keeps those in the hosts' memory")
     if rows > shards:
         found.append(f"train.microbatches={config.train.microbatches * 2} halves the activations alive at one time")
     elif mesh["context"] == 1:

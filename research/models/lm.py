@@ -7,6 +7,7 @@ from typing import Any, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research.models import mixers
 from research.models.context import Context
@@ -17,7 +18,11 @@ from research.schema import ModelConfig, Stage
 from research.sharding import constrain
 
 BLOCK_AXES = ("batch", "length", "embed")
-REMAT = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
+LAYER_INPUT = "layer_input"
+REMAT = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+         "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+             names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device",
+             offload_dst="pinned_host")}
 
 
 class Embedding(nn.Module):
@@ -63,6 +68,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, carry, layer: jax.Array, state: dict | None, ctx: Context):
         x_BxLxD, shared = carry
+        if self.cfg.remat == "offload":
+            x_BxLxD = checkpoint_name(x_BxLxD, LAYER_INPUT)
         states, auxes = {}, {}
         for index, (name, mixer_cfg) in enumerate(mixers.named(self.stage.pattern)):
             norm = NormLayer(self.cfg.norm, name=f"norm_{index}")

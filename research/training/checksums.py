@@ -1,4 +1,4 @@
-"""A checksum for every array, computed where the array lies: shards add up, so it doesn't depend on the mesh.
+"""A checksum for every array, computed on its devices: shards add up, so it doesn't depend on the mesh.
 
 Each element's bits, mixed with its index, times an odd number; summed modulo 2^32. Multiplying by an odd number is one to one,
 so any change of a single element changes the sum; more changes are missed once in 2^32.
@@ -15,6 +15,7 @@ _ODD = 2654435761  # Knuth's multiplicative hash: the odd number nearest 2^32 / 
 
 def checksum(x: jax.Array, start: jax.Array | int = 0) -> jax.Array:
     """The uint32 checksum of one array, or of the part of one whose first element is its `start`-th (in the order of C)."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # what rests on the host comes for its sum
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)

@@ -76,7 +76,8 @@ def make_program(config: Config, devices: Sequence[Any] | None = None) -> Progra
                          "use mesh.rules=cp")
     model = LanguageModel(config.model, objective.heads)
     optimizer = make_optimizer(config.optim, config.train.steps, model.weights)
-    layout = make_layout(model.init, model.weights, optimizer, mesh, rules, ema=bool(config.train.ema))
+    layout = make_layout(model.init, model.weights, optimizer, mesh, rules, ema=bool(config.train.ema),
+                         offload=config.optim.offload)
     step = steps.train_step(model, objective.make(model, config), optimizer, make_schedule(config.optim, config.train.steps),
                             config)
     return Program(config, model, optimizer, layout, step, abstract_state(model.init, optimizer, layout))

@@ -13,6 +13,8 @@ from research import sharding
 from research.params import Weight
 from research.training.averaging import start_ema
 
+HOST = "pinned_host"  # JAX's name of the host's memory that devices read
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -44,9 +46,10 @@ class Layout:
 
 def make_layout(
     init: Callable[[jax.Array], Any], weights: Mapping[str, Weight], optimizer: optax.GradientTransformation, mesh: Mesh,
-    rules: sharding.Rules, ema: bool = False,
+    rules: sharding.Rules, ema: bool = False, offload: bool = False,
 ) -> Layout:
-    """Parameters and their average by their axes; optimizer state like the parameters it mirrors; the rest replicated."""
+    """Parameters and their average by their axes; optimizer state like the parameters it mirrors, in the host's memory if
+    `offload`; the rest replicated."""
     params = sharding.weight_shardings(weights, mesh, rules)
     replicated = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda key: optimizer.init(init(key)), jax.random.key(0))
@@ -58,8 +61,9 @@ def make_layout(
             return replicated
         whole = (*specs[name], *[None] * (leaf.ndim - len(specs[name])))
         # A factored moment has size 1 along the axes it was averaged over.
-        return NamedSharding(mesh, PartitionSpec(*(
-            part if size == full else None for part, size, full in zip(whole, leaf.shape, weights[name].shape))))
+        spec = PartitionSpec(*(part if size == full else None
+                               for part, size, full in zip(whole, leaf.shape, weights[name].shape)))
+        return NamedSharding(mesh, spec, memory_kind=HOST if offload else None)
 
     optimizer_shardings = jax.tree_util.tree_map_with_path(place, abstract)
     return Layout(mesh, rules, TrainState(replicated, params, optimizer_shardings, replicated, params if ema else None))

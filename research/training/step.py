@@ -67,7 +67,11 @@ def train_step(
         if clip:
             shrink = jnp.minimum(1.0, clip / jnp.maximum(total_norm(norms["grad_norm"]), 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        optimizer_state = state.optimizer
+        if config.optim.offload:  # it comes when the gradients are there, not before, and goes back with the step's results
+            grads, optimizer_state = jax.lax.optimization_barrier((grads, optimizer_state))
+            optimizer_state = jax.device_put(optimizer_state, jax.memory.Space.Device)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if statistics:
             learned, params = params, model.apply_statistics(params, statistics)

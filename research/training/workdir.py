@@ -19,8 +19,8 @@ from research.models.mixers import kinds
 from research.schema import CONFIG_FILE, LEDGER_EVENTS, LEDGER_PREFIX, LOCK_FILE, RESULT_FILE, SCHEMA_VERSION, Config
 
 # What may differ between two launches of one run, because it doesn't change what is computed.
-FREE = ("mesh.", "checkpoint.", "guard.", "data.cache_dir", "train.log_every", "train.eval_every", "train.sample_every",
-        "train.sample_prompt")
+FREE = ("mesh.", "checkpoint.", "guard.", "optim.offload", "data.cache_dir", "train.log_every", "train.eval_every",
+        "train.sample_every", "train.sample_prompt")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "grain")
 
 

@@ -23,7 +23,7 @@ DIMS, BUDGETS = (16, 32, 48, 64), (2e10, 6e10, 1.8e11, 5.4e11, 1.6e12)
 
 
 def planned(workdir, **changes):
-    wanted = {"family": "transformer", "data": None, "dims": DIMS, "budgets": BUDGETS, "ratios": (0.3, 3000.0), "seed": 0,
+    wanted = {"family": "transformer", "data": None, "dims": DIMS, "budgets": BUDGETS, "ratios": (0.1, 3000.0), "seed": 0,
               "changes": {"optim.warmup_steps": "20"}, "measured": False}
     return ladder.make_plan(str(workdir), **wanted | changes)
 

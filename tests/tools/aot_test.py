@@ -89,7 +89,7 @@ def test_golden_by_the_command():
     answer = json.loads(out)
     check(answer, "fsdp")
     assert {one["axis"] for one in answer["collectives"]} == {"fsdp"} and answer["mesh"] == {"fsdp": 4}
-    assert set(answer["memory"]) == {"arguments", "temporaries", "total", "peak", "hbm", "fits"}
+    assert set(answer["memory"]) == {"arguments", "temporaries", "total", "peak", "hbm", "fits", "host"}
     assert answer["step_seconds"] is None and answer["mfu"] is None and answer["not_shown"]
     assert answer["compile_seconds"] > 0 and "compiling llama_tiny" in err
 
@@ -140,7 +140,8 @@ def test_what_would_help():
     config = override(preset("llama3_8b"), {"mesh.rules": "dp", "train.batch_size": 64, "model.remat": "none"})
     memory = Memory(96 * 2**30, 30 * 2**30, 126 * 2**30, None, 16 * 2**30, False)
     text = " ".join(aot_report.what_would_help(config, memory, {"data": 4, "context": 1}, 4))
-    for words in ("mesh.rules=fsdp", "at least 32 chips", "optim.name=adafactor", "model.remat=full", "train.microbatches=2"):
+    for words in ("mesh.rules=fsdp", "at least 32 chips", "optim.name=adafactor", "optim.offload=true", "model.remat=full",
+                  "train.microbatches=2"):
         assert words in text
     config = override(config, {"train.batch_size": 4, "mesh.rules": "fsdp", "model.remat": "full"})
     assert "mesh.rules=cp" in aot_report.what_would_help(config, memory, {"fsdp": 4, "context": 1}, 4)[-1]

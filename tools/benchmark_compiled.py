@@ -1,0 +1,94 @@
+"""What the TPU's compiler says of our programs, on any machine: `python -m tools.benchmark aot` (the extra `tpu`).
+
+Counts, which don't jitter, but for the seconds of compiling, which are given as a ratio of two taken in turns.
+"""
+
+import math
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import SingleDeviceSharding
+
+from configs import preset
+from kernels.attention import attention
+from research.aot.compile import Compiled, compile_for, devices_of, no_cache, tpu_topology
+from research.aot.report import report
+from research.config import override
+from research.training.program import make_program
+
+EIGHT = "llama3_8b", "v5p:4x4x4", {"mesh.rules": "fsdp", "data.seq_len": 4096, "train.batch_size": 64}
+MAXTEXT = {"arguments": 1.51e9, "temporaries": 4.51e9}  # version 0.2.5 of the same (docs/tpu.md)
+LENGTHS = (2048, 4096, 8192, 16384, 32768)
+VOCABULARIES = (65_536, 131_072, 262_144)
+
+
+def compiled_for_tpu() -> dict[str, Any]:
+    """The JSON of `tools.benchmark aot`: an 8B step's memory, attention's by length, the loss's by vocabulary, and depth."""
+    found: dict[str, Any] = {}
+    for name, measure in (("llama3_8b", eight), ("attention", attention_memory), ("vocabulary", vocabulary), ("depth", depth)):
+        found[name] = measure()
+        logging.info("%s: %s", name, found[name])
+    return found
+
+
+def _compile(name: str, topology: str, changes: dict[str, Any]) -> Compiled:
+    return compile_for(override(preset(name), changes), tpu_topology(topology))
+
+
+def eight() -> dict[str, Any]:
+    """Bytes a chip and FLOPs of the 8B step that MaxText publishes, and MaxText's own."""
+    found = report(_compile(*EIGHT))
+    kept = {name: found["memory"][name] for name in ("arguments", "temporaries", "peak")}
+    return {**kept, "flops_ratio": found["flops"]["ratio"], "compile_seconds": found["compile_seconds"], "maxtext": MAXTEXT}
+
+
+def attention_memory() -> dict[str, Any]:
+    """Temporaries of attention and its gradients by length: one row of 32 heads of 128 over 8 key heads, bfloat16, on v5p."""
+    device = devices_of(tpu_topology("v5p:2x2x1"))[0]
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    def total(q, k, v, positions, segments):
+        y = attention(q, k, v, q_positions_BxL=positions, k_positions_BxS=positions, q_segment_ids_BxL=segments,
+                      k_segment_ids_BxS=segments, scale=128**-0.5)
+        return jnp.sum(y.astype(jnp.float32))
+
+    found = []
+    with no_cache():
+        for L in LENGTHS:
+            q, k, ids = array(jnp.bfloat16, 1, L, 32, 128), array(jnp.bfloat16, 1, L, 8, 128), array(jnp.int32, 1, L)
+            program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, k, ids, ids).compile()
+            found.append(program.memory_analysis().temp_size_in_bytes)
+    steps = [math.log2(longer / shorter) for shorter, longer in zip(found, found[1:])]
+    return {"temporaries": dict(zip(map(str, LENGTHS), found)), "exponents": steps,
+            "exponent": math.log(found[-1] / found[0]) / math.log(LENGTHS[-1] / LENGTHS[0])}
+
+
+def vocabulary() -> dict[str, Any]:
+    """Temporaries a chip of the 8B's step cut to two layers, by vocabulary."""
+    name, topology, changes = EIGHT
+    found = {}
+    for size in VOCABULARIES:
+        one = _compile(name, topology, {**changes, "model.stages.0.repeats": 2, "model.vocab_size": size})
+        found[str(size)] = one.memory.temporaries
+    return {"temporaries": found}
+
+
+def depth(rounds: int = 3) -> dict[str, Any]:
+    """Compile seconds and bytes of optimized HLO, 64 layers over 8, of a narrow model on v5e 2x2 under fsdp."""
+    seconds: dict[int, list[float]] = {8: [], 64: []}
+    text = {}
+    devices = devices_of(tpu_topology("v5e:2x2"))
+    for _ in range(rounds):
+        for layers, times in seconds.items():
+            program = make_program(override(preset("quickstart"), {
+                "model.stages.0.repeats": layers, "mesh.rules": "fsdp", "train.batch_size": 8}), devices)
+            began = time.perf_counter()
+            with no_cache():
+                text[layers] = len(program.compile().as_text())
+            times.append(time.perf_counter() - began)
+    return {"compile_ratio_64_to_8": statistics.median(a / b for a, b in zip(seconds[64], seconds[8])),
+            "hlo_ratio_64_to_8": text[64] / text[8], "seconds": {str(layers): times for layers, times in seconds.items()}}
