@@ -66,6 +66,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "training/objectives_test.py": (
         r"test_four_devices_are_one\[(dp|fsdp_tp|cp|ring)", "test_the_step_accumulates",
         r"test_accumulation_is_exact.*\[preference", "test_the_frozen_reference"),
+    "training/offload_test.py": (r"test_the_optimizers_state.*\[adafactor", "test_a_run_goes_there"),
     "training/optimizers_test.py": (
         r"test_it_trains_the_debug_preset\[(adafactor|lion|muon|schedule|sgd)",
         r"test_saved_and_restored.*\[(adafactor|lion|sgd)",
