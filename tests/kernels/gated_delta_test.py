@@ -11,7 +11,6 @@ import pytest
 
 from kernels.gated_delta import IMPLEMENTATIONS, gated_delta
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
-from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 
 HEADS, KEY, VALUE = 2, 3, 5
 

@@ -12,7 +12,7 @@ import pytest
 from kernels import selective_scan as module
 from kernels.selective_scan import IMPLEMENTATIONS, selective_scan
 from tests.kernels.rows import ROWS, assert_near, in_float64, sequential, values_and_gradients, who
-from tests.kernels.tpu import interpret_pallas, slow_pallas  # noqa: F401  (a fixture)
+from tests.kernels.tpu import slow_pallas
 
 WIDTH, STATE = 3, 2
 

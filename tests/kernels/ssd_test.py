@@ -11,7 +11,7 @@ import pytest
 
 from kernels.ssd import IMPLEMENTATIONS, ssd
 from tests.kernels.rows import ROWS, assert_near, in_float64, sequential, values_and_gradients, who
-from tests.kernels.tpu import interpret_pallas, slow_pallas  # noqa: F401  (a fixture)
+from tests.kernels.tpu import slow_pallas
 
 HEADS, GROUPS, WIDTH, STATE = 4, 2, 3, 2
 

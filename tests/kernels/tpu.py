@@ -1,26 +1,13 @@
-"""Pallas kernels for TPUs where there is none: in the TPU's interpreter, and through the TPU's compiler."""
+"""Pallas kernels for TPUs where there is none: through the TPU's compiler. (In its interpreter: conftest.py.)"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # the finding has no public name
 from jax.experimental import topologies
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
-
-
-@pytest.fixture(autouse=True)
-def interpret_pallas(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test whose `implementation` is "pallas" runs it here, in memory that holds NaN until it is written; a race fails it."""
-    if "implementation" not in request.fixturenames or request.getfixturevalue("implementation") != "pallas":
-        yield
-        return
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        yield
-    assert not interpreter.races.races_found
 
 
 def slow_pallas(names: Iterable[str]) -> list:

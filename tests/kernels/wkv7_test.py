@@ -11,7 +11,6 @@ import pytest
 
 from kernels.wkv7 import IMPLEMENTATIONS, wkv7
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
-from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 from tests.models.harness import Layout
 
 TOKENS = ("r", "log_decay", "k", "v", "key", "removal")

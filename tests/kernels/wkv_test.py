@@ -12,7 +12,6 @@ import pytest
 from kernels import wkv as module
 from kernels.wkv import IMPLEMENTATIONS, NOTHING, Sums, wkv
 from tests.kernels.recurrences import LAYOUTS, MANY, Problem, check
-from tests.kernels.tpu import interpret_pallas  # noqa: F401  (a fixture)
 from tests.models.harness import QUICK, Layout
 
 N = 3

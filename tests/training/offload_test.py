@@ -1,7 +1,5 @@
 """What rests in the host's memory: the optimizer's state and the layers' inputs. Where it rests changes no bit."""
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
@@ -67,9 +65,9 @@ def test_layers_inputs_go_to_the_host_and_come_back():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra tpu is not installed")
 def test_a_chip_holds_less():
     """The TPU's compiler puts moments and layers' inputs on the host, and says so. (What that saves: docs/tpu.md.)"""
+    pytest.importorskip("libtpu", reason="the extra tpu is not installed")
     base = override(preset("quickstart"), {"train.batch_size": 16, "model.stages.0.repeats": 8, "mesh.rules": "fsdp",
                                            "model.remat": "full", "model.compute_dtype": "bfloat16"})
     plain, moved = (compile_for(override(base, changes), tpu_topology("v5e:2x2")) for changes in (
