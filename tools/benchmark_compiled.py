@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from configs import preset
 from kernels.attention import attention
+from research import tpu_flags
 from research.aot.compile import Compiled, compile_for, devices_of, no_cache, tpu_topology
 from research.aot.report import report
 from research.config import override
@@ -28,6 +29,7 @@ VOCABULARIES = (65_536, 131_072, 262_144)
 
 def compiled_for_tpu() -> dict[str, Any]:
     """The JSON of `tools.benchmark aot`: an 8B step's memory, attention's by length, the loss's by vocabulary, and depth."""
+    tpu_flags.use("v5p")  # as `tools.aot` does; v5e's are the same
     found: dict[str, Any] = {}
     for name, measure in (("llama3_8b", eight), ("attention", attention_memory), ("vocabulary", vocabulary), ("depth", depth)):
         found[name] = measure()

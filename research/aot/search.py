@@ -102,7 +102,7 @@ def _compile(config: Config, topology: Topology, sets: Mapping[str, Any]) -> Tri
         state = topology.chip.devices * state_bytes(make_program(config, devices_of(topology, config.mesh.slices)))
         if state > topology.chip.hbm_bytes:
             return Trial(sets, None, f"needs {state / 1e9:,.0f} GB a chip for the state alone")
-        kept = 0.0 if config.model.remat == "offload" else activations(config).low / topology.chips / config.mesh.slices
+        kept = activations(config).low / topology.chips / config.mesh.slices
         if state + kept > topology.chip.hbm_bytes:
             return Trial(sets, None, f"needs {state / 1e9:,.0f} GB a chip for the state, {kept / 1e9:,.0f} for activations")
         answer = report(compile_for(config, topology))

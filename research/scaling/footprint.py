@@ -81,11 +81,12 @@ def training_states(config: Config) -> dict[str, float]:
 def activations(config: Config) -> Range:
     """Of a microbatch on all chips together: what the backward pass keeps, traced, so with the config's remat and mixers.
 
-    low: that alone. value: and twice what one layer keeps without remat: what its backward pass reads, and the gradients of
-    that. high: four times. XLA's own count of five small programs on a CPU lay within (docs/planning.md).
+    low: that alone; nothing where it goes to the hosts (`remat=offload`). value: and twice what one layer keeps without remat:
+    what its backward pass reads, and the gradients of that. high: four times. XLA's own count of five small programs on a CPU
+    lay within (docs/planning.md).
     """
     rows = config.train.batch_size // config.train.microbatches
-    kept = _kept_bytes_per_row(config)
+    kept = 0 if config.model.remat == "offload" else _kept_bytes_per_row(config)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     layers = sum(stage.repeats for stage in (*config.model.stages, *config.model.encoder_stages))
     layer = _kept_bytes_per_row(plain) / layers

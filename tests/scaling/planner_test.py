@@ -140,6 +140,8 @@ def test_activations_know_remat_rows_and_compute_dtype():
     carry = config.train.batch_size * config.data.seq_len * config.model.dim * 4 * layers
     assert carry <= full.low < 3 * carry < plain.low  # what remat keeps beside the carry is small, and weights are not in it
     assert all(r.low <= r.value <= r.high for r in (plain, full))
+    offload = of(model__remat="offload")  # the carry rests on the hosts
+    assert offload.low == 0 and offload.value == full.value - full.low
     assert of(model__remat="none", train__batch_size=2 * config.train.batch_size).low == 2 * plain.low
     assert of(model__remat="none", model__compute_dtype="bfloat16").low < plain.low
 
