@@ -231,20 +231,20 @@ def measure(name: str, config: Config, rounds: int, seconds: float, with_torch: 
 
 def compile_ratio() -> float:
     """Seconds to compile 64 layers over those for 8, without the persistent cache; the least of four tries each."""
+    from research.aot.compile import no_cache
     from research.config import override
     from research.training.program import make_program
 
-    jax.config.update("jax_enable_compilation_cache", False)
     times: dict[int, list[float]] = {8: [], 64: []}
-    for _ in range(4):
-        for layers, found in times.items():
-            config = override(CASES["d256"], {"model.stages.0.repeats": layers, "model.dim": 64, "train.batch_size": 2,
-                                                 "model.unroll": 1})
-            program = make_program(config)
-            began = time.perf_counter()
-            program.compile()
-            found.append(time.perf_counter() - began)
-    jax.config.update("jax_enable_compilation_cache", True)
+    with no_cache():
+        for _ in range(4):
+            for layers, found in times.items():
+                config = override(CASES["d256"], {"model.stages.0.repeats": layers, "model.dim": 64, "train.batch_size": 2,
+                                                     "model.unroll": 1})
+                program = make_program(config)
+                began = time.perf_counter()
+                program.compile()
+                found.append(time.perf_counter() - began)
     return min(times[64]) / min(times[8])
 
 

@@ -5,16 +5,19 @@ Nothing is allocated: the program is made of shapes (`training/program.py`), the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
 import time
-from typing import Any, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from research import sharding
 from research.errors import InputError
@@ -112,15 +115,20 @@ def compile_for(config: Config, topology: Topology) -> Compiled:
     return Compiled(program, topology, slices, memory, text, seconds)
 
 
-class no_cache:
-    """A program compiled for a topology can't be read back from the persistent cache: JAX would try, and warn."""
+@contextlib.contextmanager
+def no_cache() -> Iterator[None]:
+    """Without the persistent cache. What is compiled for a topology can't be read back from it: JAX would try, and warn."""
 
-    def __enter__(self) -> None:
-        self.before = jax.config.jax_enable_compilation_cache
-        jax.config.update("jax_enable_compilation_cache", False)
+    def use(cache: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()  # else what the first compile of this process found stays true
 
-    def __exit__(self, *_: Any) -> None:
-        jax.config.update("jax_enable_compilation_cache", self.before)
+    before = jax.config.jax_enable_compilation_cache
+    use(False)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def _memory(compiled: Any, topology: Topology) -> Memory:

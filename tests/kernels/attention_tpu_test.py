@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from kernels.attention import attention
+from research.aot.compile import no_cache
 
 pytest.importorskip("libtpu", reason="the extra tpu is not installed")
 
@@ -19,10 +20,8 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 
 @pytest.fixture(scope="module", autouse=True)
 def no_persistent_cache():
-    """A program compiled for a topology can't be read back from the cache: JAX would try, and warn."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    with no_cache():
+        yield
 
 
 def compiled(chip: str, width: int, dtype, *, queries=1024, keys=None, heads=4, groups=2, value_width=None, gradient=True,

@@ -20,6 +20,7 @@ from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
 from kernels.wkv import Sums, wkv
 from kernels.wkv7 import wkv7
+from research.aot.compile import no_cache
 from research.config import override
 from research.models.gated_delta import GatedDelta
 from research.models.mamba import Mamba
@@ -208,10 +209,7 @@ def test_a_sharded_training_step_for_four_chips_has_the_kernels(name):
     mixers, kernels = STEPS[name]
     config = override(preset("quickstart"), {"train.batch_size": 8, "mesh.rules": "fsdp", "model.compute_dtype": "bfloat16"})
     model = dataclasses.replace(config.model, stages=(Stage(mixers, 1),))
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
+    with no_cache():
         text = make_program(dataclasses.replace(config, model=model), devices).compile().as_text()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
     for kernel in kernels:
         assert f"{kernel}_forward" in text and f"{kernel}_backward" in text

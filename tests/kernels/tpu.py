@@ -9,6 +9,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from research.aot.compile import no_cache
+
 
 def slow_pallas(names: Iterable[str]) -> list:
     """Parameters of a test that takes long in the interpreter, and whose point a quick test makes, too."""
@@ -20,9 +22,5 @@ def compiled(fn: Callable, shapes: list[jax.ShapeDtypeStruct], topology: str) ->
     pytest.importorskip("libtpu", reason="the extra tpu is not installed")
     chip = SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip) for x in shapes]
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for a topology can't be read back from it
-    try:
+    with no_cache():
         return jax.jit(fn).lower(*shapes).compile()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)

@@ -10,6 +10,7 @@ from jax.experimental import topologies
 
 from kernels import cross_entropy
 from research import sharding
+from research.aot.compile import no_cache
 from research.models import heads
 from research.models.mlp import GatedMlp
 from research.schema import MeshConfig, ModelConfig, Stage
@@ -84,10 +85,8 @@ def test_a_small_unembedding_is_taken_whole(devices):
 
 @pytest.fixture
 def no_persistent_cache():
-    """What is compiled for a topology can't be read back from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    with no_cache():
+        yield
 
 
 def test_a_tpu_has_no_room_for_it_either(monkeypatch, no_persistent_cache):

@@ -21,7 +21,7 @@ from kernels.cross_entropy import BLOCK_GATHER
 from research.aot import compile as aot_compile
 from research.aot import report as aot_report
 from research.aot import search as aot_search
-from research.aot.compile import Memory, compile_for, tpu_topology
+from research.aot.compile import Memory, compile_for, no_cache, tpu_topology
 from research.aot.hlo import Collective
 from research.config import override
 from research.errors import InputError
@@ -197,6 +197,24 @@ def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path
         file.write('{"sets": 1}\n')
     with pytest.raises(InputError, match="something else than trials"):
         aot_search.search(config, topology, 0.0, path)
+
+
+def test_no_cache_compiles_whatever_was_compiled_before():
+    found = []
+    listen = lambda name, **_: found.append(name)
+    jax.monitoring.register_event_listener(listen)
+
+    def read_back() -> bool:
+        found.clear()
+        jax.jit(lambda x: 41 * x).lower(jax.ShapeDtypeStruct((7,), "float32")).compile()
+        return "/jax/compilation_cache/cache_hits" in found
+
+    read_back()
+    assert read_back()
+    with no_cache():
+        assert not read_back()
+    assert read_back()
+    jax.monitoring.unregister_event_listener(listen)
 
 
 if __name__ == "__main__":

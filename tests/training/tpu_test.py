@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import topologies
 
 from configs import preset
+from research.aot.compile import no_cache
 from research.config import override
 from research.models.attention import Attention
 from research.models.lm import LanguageModel
@@ -30,10 +31,8 @@ BATCH, LENGTH = 8, 256
 
 @pytest.fixture(scope="module", autouse=True)
 def no_persistent_cache():
-    """A program compiled for a topology can't be read back from the cache: JAX would try, and warn."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    with no_cache():
+        yield
 
 
 @pytest.fixture(scope="module")
