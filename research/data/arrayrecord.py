@@ -1,10 +1,11 @@
 """The `arrayrecord` source: the records of ArrayRecord files, by index."""
 
 import dataclasses
+import functools
 import pathlib
-from typing import Any, Iterator, Literal, Mapping, Sequence
+from typing import Any, Callable, Iterator, Literal, Mapping, Sequence
 
-from research.data.files import find_files
+from research.data.files import MOST_OPEN, find_files, unopened
 from research.data.jsonl import parse_object
 from research.data.records import BadRow, Records, first_line, one_of
 from research.errors import InputError
@@ -39,20 +40,31 @@ class ArrayRecord(Records):
         return "field", self.field or "text"
 
     def _shards(self) -> Sequence["_File"]:
-        return [_File(name, path, self.format) for name, path in find_files(self.paths, self.cache_dir)]
+        opened = functools.lru_cache(MOST_OPEN)(_open)  # closes all files but those that were used last
+        return [_File(name, path, self.format, opened) for name, path in find_files(self.paths, self.cache_dir)]
+
+
+def _open(name: str, path: pathlib.Path) -> Any:
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(str(path))
+    if reader.ok():
+        return reader
+    try:
+        path.open("rb").close()  # the reader doesn't say why
+    except OSError as error:
+        raise unopened(name, error.errno) from None
+    raise InputError("paths", f"{name} is no whole ArrayRecord file", "copy it again")
 
 
 class _File:
-    def __init__(self, name: str, path: pathlib.Path, format: str):
-        from array_record.python import array_record_module
-
+    def __init__(self, name: str, path: pathlib.Path, format: str, opened: Callable[[str, pathlib.Path], Any]):
         self.name, self._format = name, format
-        self._reader = array_record_module.ArrayRecordReader(str(path))
-        if not self._reader.ok():
-            raise InputError("paths", f"{name} is no whole ArrayRecord file", "copy it again")
+        self._open = functools.partial(opened, name, path)
+        self._open()  # a file that isn't whole is found at once
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        for row in range(self._reader.num_records()):
+        for row in range(self._open().num_records()):
             try:
                 yield row, self.row(row)
             except BadRow as error:
@@ -60,7 +72,7 @@ class _File:
 
     def row(self, index: int) -> Mapping[str, Any]:
         try:
-            content, = self._reader.read([index])
+            content, = self._open().read([index])
         except (RuntimeError, ValueError) as error:
             raise BadRow(f"can't be read ({first_line(error)})") from None
         return {"text": content} if self._format == "text" else parse_object(content)

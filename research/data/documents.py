@@ -2,7 +2,11 @@
 
 import dataclasses
 import hashlib
-from typing import Iterable, Protocol
+from typing import Iterable, Protocol, Sequence
+
+from tqdm import tqdm
+
+_PROGRESS_AFTER = 2.0  # seconds; a source that is read sooner shows none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,10 @@ class DocumentSource(Protocol):
 def split(document_id: str, holdout: float) -> str:
     """"validation" for the share `holdout` (in [0, 1)) of names with the smallest sha256, else "train".
 
-    It depends on the name alone, so a document stays on its side when others come, go or change.
+    It depends on the name alone, so a document stays on its side for as long as it keeps its name, whatever becomes of
+    others and of its text. Names of files are relative to the directory that all have in common (files.find_files) and
+    rows have numbers: a file from outside that directory renames every document, a row or line put in before others
+    renames those, and the sides of what was renamed are drawn anew.
     """
     head = int.from_bytes(hashlib.sha256(document_id.encode("utf-8", "surrogateescape")).digest()[:8], "big")
     return "validation" if head < int(holdout * 2**64) else "train"
@@ -39,6 +46,11 @@ def split(document_id: str, holdout: float) -> str:
 def subset_key(document_id: str) -> bytes:
     """Sort by this for an evenly spread subset. Salted: unsalted, a small subset would be all validation."""
     return hashlib.sha256(b"subset:" + document_id.encode("utf-8", "surrogateescape")).digest()
+
+
+def reading(unit: str, items: Sequence | None = None) -> tqdm:
+    """The bar of a source's first look at its `items`, or at what is counted by hand; shown on a terminal, if it takes long."""
+    return tqdm(items, "reading", unit=unit, delay=_PROGRESS_AFTER, disable=None, dynamic_ncols=True)
 
 
 def combine(parts: Iterable[str]) -> str:

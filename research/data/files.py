@@ -1,5 +1,8 @@
 """Files by path or glob, local or remote (gs://, s3://, any fsspec protocol), as local files with stable names."""
 
+import contextlib
+import dataclasses
+import errno
 import glob
 import gzip
 import hashlib
@@ -17,6 +20,7 @@ from research.data import storage
 from research.errors import InputError
 
 DEFAULT_CACHE = "~/.cache/rung"
+MOST_OPEN = 32  # files that a source keeps open at once, of however many
 _PROTOCOL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 # What a protocol's package is called where it isn't part of fsspec; for the cure.
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub", "abfs": "adlfs"}
@@ -74,25 +78,47 @@ def _remote(pattern: str, protocol: str, cache_dir: str, field: str) -> dict[str
     import fsspec  # half a second that local files don't need
 
     try:
-        system, path = fsspec.core.url_to_fs(pattern)
+        fsspec.get_filesystem_class(protocol)
     except ValueError:
         raise InputError(field, f"unknown protocol {protocol}://", "use a local path, gs:// or s3://") from None
     except ImportError:
         package = _PACKAGES[protocol] if protocol in _PACKAGES else f"the fsspec package of {protocol}"
         raise InputError(field, f"{protocol}:// needs a package that isn't installed",
                          f"pip install {package}") from None
-    try:
-        names = system.glob(path) if glob.has_magic(path) else [path] if system.exists(path) else []
-        infos = {name: system.info(name) for name in names}
+    with _Told(pattern, field):
+        system, path = fsspec.core.url_to_fs(pattern)
+        infos = {}
+        for name in system.glob(path) if glob.has_magic(path) else [path]:
+            with contextlib.suppress(FileNotFoundError):  # `exists` would say no to whatever goes wrong
+                infos[name] = system.info(name)
         files = {name: info for name, info in infos.items() if info["type"] == "file"}
         if not files:
             if infos:
                 raise InputError(field, f"{pattern!r} is a directory", "name its files: DIRECTORY/**/*.txt")
             raise InputError(field, f"no file matches {pattern!r}", "correct the path or the glob")
         return {name: _staged(system, protocol, name, info, cache_dir) for name, info in files.items()}
-    except OSError as error:
-        raise InputError(field, f"{pattern!r} can't be read ({str(error).strip() or error!r})",
-                         "check the name, the network and your credentials") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """Tells in one line what goes wrong in a store: each library has errors of its own, which may be no OSErrors.
+
+    (botocore's of missing credentials and google.auth's.) Python's own that tell of a fault in a program stay as they are.
+    """
+
+    pattern: str
+    field: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if kind is None or issubclass(kind, InputError) or not issubclass(kind, Exception):
+            return
+        if issubclass(kind, (OSError, ValueError)) or kind.__module__ != "builtins":
+            words = " ".join(str(error).split()) or repr(error)
+            raise InputError(self.field, f"{self.pattern!r} can't be read ({words})",
+                             "check the name, the network and your credentials") from None
 
 
 def _staged(system: Any, protocol: str, name: str, info: dict, cache_dir: str) -> pathlib.Path:
@@ -102,11 +128,25 @@ def _staged(system: Any, protocol: str, name: str, info: dict, cache_dir: str) -
     directory = _directory(cache_dir)
     path = directory / key / pathlib.PurePosixPath(name).name
     size = info["size"]
-    if not (path.exists() and size in (None, path.stat().st_size)):
+
+    def whole(built: pathlib.Path) -> bool:
+        copy = built / path.name
+        return copy.is_file() and size in (None, copy.stat().st_size)
+
+    if not whole(path.parent):
         logging.info("staging %s://%s", protocol, name)
-        with storage.building(path.parent, lambda built: (built / path.name).exists()) as build:
-            system.get_file(name, str(build / path.name))
+        with storage.building(path.parent, whole) as build:
+            copy = build / path.name
+            system.get_file(name, str(copy))
+            if size is not None and copy.stat().st_size < size:  # more is no fault: some stores unpack on the way
+                raise OSError(f"only {copy.stat().st_size} of the {size} bytes of {name} came")
     return path
+
+
+def unopened(name: str, code: int) -> InputError:
+    """The error for a file that the system doesn't open, `code` being its errno: the file itself may be whole."""
+    cure = "raise the limit: ulimit -n 4096" if code == errno.EMFILE else "see that it is there and may be read"
+    return InputError("paths", f"{name} can't be opened ({os.strerror(code)})", cure)
 
 
 def unzipped(name: str, path: pathlib.Path, cache_dir: str, field: str = "paths") -> pathlib.Path:

@@ -126,9 +126,12 @@ class Records(Node):
     def _index(self) -> "_Index":
         index = _Indexer(self)
         shards = tuple(self._shards())
-        for number, shard in enumerate(shards):
-            for row, record in shard.rows():
-                index.add(number, shard.name, row, record)
+        with documents.reading("row") as bar:
+            for number, shard in enumerate(shards):
+                bar.set_postfix_str(f"{number + 1} of {len(shards)}: {shard.name}", refresh=False)
+                for row, record in shard.rows():
+                    index.add(number, shard.name, row, record)
+                    bar.update()
         result = index.finish(shards)
         for name in self.groups:
             if name not in index.seen:

@@ -11,7 +11,7 @@ import numpy as np
 
 from research.config import Node
 from research.data import documents
-from research.data.files import DEFAULT_CACHE, find_files
+from research.data.files import DEFAULT_CACHE, find_files, unzipped
 from research.errors import InputError
 
 _BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
@@ -19,17 +19,19 @@ _BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
 
 @dataclasses.dataclass(frozen=True)
 class Text(Node):
-    """Documents from text files. Names are paths from the files' common directory, then "#" and a number.
+    """Documents from text files, plain or gzipped (.gz is unpacked into the cache).
+
+    Names are paths from the files' common directory, then "#" and a number.
 
     Attributes:
       paths: files or globs ("**" crosses directories), absolute or relative to the working directory, or remote
         (gs://, s3://: files.find_files).
       split_on: what ends a document: "file", "blank_line" (one or more), or "line". The separator and
         documents of white space alone are left out.
-      cache_dir: for remote files; `data.cache_dir` where it isn't given.
+      cache_dir: for remote and packed files; `data.cache_dir` where it isn't given.
 
     Raises:
-      InputError: a path that matches no file, a directory, a file that isn't UTF-8.
+      InputError: a path that matches no file, a directory, a file that isn't UTF-8, a .gz that isn't whole.
     """
 
     paths: tuple[str, ...]
@@ -67,23 +69,24 @@ class Text(Node):
     @functools.cached_property
     def _files(self) -> tuple[tuple[str, pathlib.Path], ...]:
         """(name, path), by name."""
-        found = find_files(self.paths, self.cache_dir)
-        return tuple(sorted(found)) if self.split_on == "file" else found
+        found = [(name, unzipped(name, path, self.cache_dir)) for name, path in find_files(self.paths, self.cache_dir)]
+        return tuple(sorted(found) if self.split_on == "file" else found)
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Each document's file_D, number_D within its file, and byte range start_D, stop_D; all int64."""
         parts = []
-        for i, (name, path) in enumerate(self._files):
-            content = path.read_bytes()
-            try:
-                content.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError("paths", f"{name} isn't UTF-8 (byte {error.start})",
-                                 "convert it: iconv -f OLD -t utf-8") from None
-            self._digests[path] = hashlib.sha256(content).hexdigest()
-            spans = [(a, b) for a, b in _spans(content, self.split_on) if content[a:b].strip()]
-            parts += [(i, number, a, b) for number, (a, b) in enumerate(spans)]
+        with documents.reading("file", self._files) as files:
+            for i, (name, path) in enumerate(files):
+                content = path.read_bytes()
+                try:
+                    content.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError("paths", f"{name} isn't UTF-8 (byte {error.start})",
+                                     "convert it: iconv -f OLD -t utf-8") from None
+                self._digests[path] = hashlib.sha256(content).hexdigest()
+                spans = [(a, b) for a, b in _spans(content, self.split_on) if content[a:b].strip()]
+                parts += [(i, number, a, b) for number, (a, b) in enumerate(spans)]
         table_Dx4 = np.array(parts, np.int64).reshape(-1, 4)
         return tuple(table_Dx4.T.copy())
 

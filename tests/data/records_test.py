@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from research.data import files
 from research.data.sources import make_source
 from research.errors import InputError
 from tests.data.record_files import (
@@ -218,75 +217,6 @@ def test_groups_that_are_not_there_name_the_nearest(corpus):
 def test_a_template_with_commas_survives_the_command_line():
     source = make_source("jsonl", {"paths": "x", "template": ("{a}", " {b}")})  # as config cuts it
     assert source.template == "{a}, {b}"
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def store(corpus):
-    """The corpus in an object store in memory."""
-    import fsspec
-
-    system = fsspec.filesystem("memory")
-    for path in [*corpus.glob("*.jsonl*"), *corpus.glob("*.parquet")]:
-        system.pipe_file(f"/bucket/deep/{path.name}", path.read_bytes())
-    yield system
-    system.rm("/bucket", recursive=True)
-
-
-@pytest.mark.parametrize("kind,pattern", [("jsonl", "*.jsonl"), ("jsonl", "*.jsonl.gz"), ("parquet", "*.parquet")])
-@pytest.mark.parametrize("prefix", ["memory://bucket/deep/", "file://{}/"])
-def test_remote_files_are_staged_and_mean_the_same(kind, pattern, prefix, store, corpus, tmp_path):
-    local = make_source(kind, {"paths": f"{corpus}/{pattern}"}, str(tmp_path / "local"))
-    paths = prefix.replace("{}", str(corpus)) + pattern
-    remote = make_source(kind, {"paths": paths}, str(tmp_path / "cache"))
-    assert remote.fingerprint() == local.fingerprint() and ids(remote) == ids(local) and texts(remote) == texts(local)
-    assert (tmp_path / "cache" / "staged").exists() == (prefix.startswith("memory") or pattern.endswith("gz"))
-
-
-def test_text_reads_remote_files_too_and_a_changed_one_is_staged_anew(store, tmp_path):
-    store.pipe_file("/bucket/a.txt", b"one")
-    first = make_source("text", {"paths": "memory://bucket/a.txt"}, str(tmp_path))
-    assert texts(first) == ["one"] and ids(first) == ["a.txt"]
-    store.pipe_file("/bucket/a.txt", b"two, longer")
-    assert texts(make_source("text", {"paths": "memory://bucket/a.txt"}, str(tmp_path))) == ["two, longer"]
-
-
-def test_a_file_is_staged_once(store, tmp_path, monkeypatch):
-    args = {"paths": "memory://bucket/deep/*.jsonl"}
-    len(make_source("jsonl", args, str(tmp_path)))
-    monkeypatch.setattr(type(store), "get_file", None)  # calling it would fail
-    assert len(make_source("jsonl", args, str(tmp_path))) == 60
-
-
-def test_two_protocols_keep_their_names_apart(store, corpus, tmp_path):
-    source = make_source("jsonl", {"paths": ("memory://bucket/deep/0.jsonl", f"{corpus}/0.jsonl")}, str(tmp_path))
-    assert {name.partition("#")[0] for name in ids(source)} == {"memory/0.jsonl", "file/0.jsonl"}
-    assert ids(source) == sorted(ids(source))
-
-
-@pytest.mark.parametrize("path,words", [
-    ("memory://bucket/no/*.jsonl", "no file matches"), ("memory://bucket/no.jsonl", "no file matches"),
-    ("memory://bucket/deep", "is a directory"), ("nosuch://x/y.jsonl", "unknown protocol")])
-def test_remote_paths_that_cannot_be_read_name_the_field(path, words, store, tmp_path):
-    with pytest.raises(InputError, match=words) as caught:
-        files.find_files(("memory://bucket/deep/0.jsonl", path), str(tmp_path))
-    assert caught.value.field == "paths.1"
-
-
-def test_a_protocol_without_its_package_says_which(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(InputError, match="pip install s3fs"):
-        files.find_files(("s3://bucket/x.jsonl",), str(tmp_path))
-
-
-def test_names_sort_as_documents_do(tmp_path):
-    for name in ("a", "a b", "a#b", "a.b"):
-        write_jsonl(tmp_path / name, ROWS[:2])
-    source = make_source("jsonl", {"paths": str(tmp_path / "*")})
-    assert ids(source) == sorted(ids(source)) and len(set(ids(source))) == 8
-    text = make_source("text", {"paths": str(tmp_path / "*")})
-    assert ids(text) == sorted(ids(text))
 
 
 # Libraries ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The battery that every source passes, and what each of them promises besides."""
 
+import io
 import pathlib
 import shutil
+import sys
 import types
 
 import numpy as np
@@ -104,6 +106,45 @@ def test_split_holds_out_the_share_and_depends_on_the_name_alone():
     assert [n for n in names[:30] if n in held[0.2]] == [f"stdlib/file{i}.py" for i in (7, 13, 27, 29)]
     assert len(held[0.05]) / 4000 == pytest.approx(0.05, abs=0.015)
     assert len(held[0.2]) / 4000 == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_document_keeps_its_side_as_long_as_its_name(tmp_path):
+    """As documents.split says: below the common directory nothing moves, a file from outside it renames all."""
+    write_corpus(tmp_path / "in")
+    paths = [str(tmp_path / "in" / "**" / "*.txt")]
+
+    def sides() -> dict[str, str]:
+        source = make_source("text", {"paths": tuple(paths)})
+        return {source.document(i).text: documents.split(source.document_id(i), 0.3) for i in range(len(source))}
+
+    before = sides()
+    (tmp_path / "in" / "new").mkdir()
+    (tmp_path / "in" / "new" / "x.txt").write_text("new")
+    assert {text: side for text, side in sides().items() if text != "new"} == before
+    (tmp_path / "out.txt").write_text("out")
+    paths.append(str(tmp_path / "out.txt"))
+    assert {text: side for text, side in sides().items() if text in before} != before
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("case", ["text", "jsonl", "jsonl groups", "parquet", "arrayrecord json"])
+def test_a_long_first_look_shows_a_bar_on_a_terminal(case, corpus, monkeypatch):
+    def shown(stderr: io.StringIO) -> str:
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", stderr)
+            len(build(case, corpus))
+        return stderr.getvalue()
+
+    assert shown(Terminal()) == ""  # it was quick
+    monkeypatch.setattr(documents, "_PROGRESS_AFTER", 0.0)
+    last = shown(Terminal()).splitlines()[-1]
+    assert "reading" in last and ("40/40" in last if case == "text" else "60row" in last)
+    assert case == "text" or "2 of 2: 1." in last
+    assert shown(io.StringIO()) == ""
 
 
 def test_sourcecode_subset_is_spread_nested_and_as_large_as_asked():
