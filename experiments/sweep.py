@@ -7,8 +7,9 @@ A sweep is data: a list of override dicts, put together by product, zip and chai
   --together "A=1,2 B=3,4"    A and B change together (1,3 then 2,4); multiplies with the rest
   --cells FILE                a JSON list of override dicts; several files are chained
   --seeds N                   every cell with seeds 0..N-1
-plan says what would run; run skips finished cells, goes on with unfinished ones, and stops cleanly after --minutes;
-report makes results.jsonl, report.md and report.png from what is there.
+plan says what would run, and what difference its seeds could show; run skips finished cells, goes on with unfinished
+ones, and stops cleanly after --minutes; report makes results.jsonl, report.md and report.png from what is there: cells that
+differ by their seed alone are one group, and every group is compared to the grid's first (docs/statistics.md).
 """
 
 import hashlib
@@ -18,16 +19,16 @@ import os
 from typing import Any, Iterable, Mapping, Sequence
 
 from absl import flags
+from etils import epath
 
 from experiments import command_line
-from experiments.cells import CELL_FILE, cost_in_words, run_cells, status, total_cost
+from experiments.cells import CELL_FILE, run_cells, status
+from experiments.sweep_report import Cell, Row, detectable, write
 from research.config import nearest, override, parse_assignments
 from research.errors import InputError
 from research.schema import RESULT_FILE, Config
 from research.training.program import make_program
-from research.training.workdir import read_config
-
-Cell = dict[str, Any]  # field path -> value, as research.config.override takes it
+from research.training.workdir import read_config, write_text
 
 command_line.define_config_flags()
 command_line.define_json_flag()
@@ -36,12 +37,14 @@ flags.DEFINE_multi_string("vary", [], "KEY=V1,V2,...: one axis of the grid. Repe
 flags.DEFINE_multi_string("together", [], '"A=1,2 B=3,4": fields that change together. Repeatable.')
 flags.DEFINE_multi_string("cells", [], "A JSON file with a list of override dicts. Repeatable.")
 flags.DEFINE_integer("seeds", 0, "Run every cell with seeds 0..N-1; 0: the preset's seed.", lower_bound=0)
+flags.DEFINE_float("seed_sd", None, "plan: standard deviation of a setting's held-out loss over seeds, where no finished "
+                   "cells of the directory tell it.")
 flags.DEFINE_integer("jobs", 1, "Local processes at once.", lower_bound=1)
 flags.DEFINE_float("minutes", None, "Stop cleanly after so long (exit code 75); the next call goes on.", lower_bound=0.0)
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
-RESULTS_FILE = "results.jsonl"
+GRID_FILE = "cells.json"  # the cells in the grid's order, as --cells takes them: what is the first to compare to
 
 
 def product(*axes: Iterable[Mapping]) -> list[Cell]:
@@ -105,7 +108,7 @@ def read_cells(path: str) -> list[Cell]:
     return cells
 
 
-def planned(cells: Sequence[Cell], preset: Config, workdir: str) -> list[dict[str, Any]]:
+def planned(cells: Sequence[Cell], preset: Config, workdir: str) -> list[Row]:
     """A row a cell: id, overrides, run directory, status, and what it computes. Checks every cell's config."""
     rows = []
     for cell in cells:
@@ -119,8 +122,15 @@ def planned(cells: Sequence[Cell], preset: Config, workdir: str) -> list[dict[st
     return rows
 
 
-def results(workdir: str) -> list[dict[str, Any]]:
-    """The finished cells' rows, sorted by loss; written to results.jsonl whole."""
+def remember(cells: Sequence[Cell], workdir: str) -> None:
+    """Adds the cells to the directory's cells.json."""
+    path = epath.Path(workdir) / GRID_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(chain(read_cells(os.fspath(path)) if path.exists() else [], cells)) + "\n")
+
+
+def finished_cells(workdir: str) -> list[Row]:
+    """The finished cells' rows, in the order of the grid."""
     rows = []
     for name in sorted(os.listdir(workdir)) if os.path.isdir(workdir) else []:
         run = os.path.join(workdir, name)
@@ -131,55 +141,21 @@ def results(workdir: str) -> list[dict[str, Any]]:
                 overrides = json.load(file)
             rows.append({"cell": name.removeprefix("cell-"), "overrides": overrides, "seed": read_config(run).seed,
                          "workdir": run, **result})
+    grid_file = os.path.join(workdir, GRID_FILE)
+    order = [cell_id(cell) for cell in read_cells(grid_file)] if os.path.exists(grid_file) else []
+    return sorted(rows, key=lambda row: order.index(row["cell"]) if row["cell"] in order else len(order))
+
+
+def report(workdir: str) -> dict[str, Any]:
+    """The report of what has finished, written and as data: experiments.sweep_report.write.
+
+    Raises:
+      InputError: no cell has finished.
+    """
+    rows = finished_cells(workdir)
     if not rows:
         raise InputError("--workdir", f"{workdir} holds no finished cell", "run the sweep first")
-    rows.sort(key=lambda row: row["final_eval_loss"] if row["final_eval_loss"] is not None else float("inf"))
-    beside = os.path.join(workdir, f".{RESULTS_FILE}.partial")
-    with open(beside, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(beside, os.path.join(workdir, RESULTS_FILE))
-    return rows
-
-
-def report(workdir: str) -> list[dict[str, Any]]:
-    """results.jsonl, report.md and report.png."""
-    rows = results(workdir)
-    varied = sorted({key for row in rows for key in row["overrides"]
-                     if len({json.dumps(r["overrides"][key]) if key in r["overrides"] else "" for r in rows}) > 1})
-    lines = ["| cell | " + " | ".join(varied) + " | loss | se | bits/byte | tokens/s |", "|" + " --- |" * (len(varied) + 5)]
-    for row in rows:
-        values = [str(row["overrides"][key]) if key in row["overrides"] else "-" for key in varied]
-        figures = [f"{row[name]:.4f}" if row[name] is not None else "-"
-                   for name in ("final_eval_loss", "final_eval_loss_se", "bits_per_byte")]
-        lines.append("| " + " | ".join([row["cell"], *values, *figures, f"{row['tokens_per_second']:,.0f}"]) + " |")
-    with open(os.path.join(workdir, "report.md"), "w") as file:
-        file.write("\n".join([*lines, "", cost_in_words(total_cost(rows))]) + "\n")
-    draw(rows, varied, os.path.join(workdir, "report.png"))
-    return rows
-
-
-def draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], path: str) -> None:
-    """Final loss with its standard error against each varied field, one panel a field."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [key for key in varied if key != "seed"] or ["seed"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
-    for plot, key in zip(axes[0], panels):
-        shown = [row for row in rows if row["final_eval_loss"] is not None]
-        xs = [row["seed"] if key == "seed" else row["overrides"][key] if key in row["overrides"] else "preset" for row in shown]
-        if not all(isinstance(x, (int, float)) for x in xs):
-            xs = [str(x) for x in xs]
-        elif min(xs) > 0 and max(xs) / min(xs) > 5:
-            plot.set_xscale("log")
-        plot.errorbar(xs, [r["final_eval_loss"] for r in shown], yerr=[r["final_eval_loss_se"] for r in shown], fmt="o",
-                      capsize=3)
-        plot.set(xlabel=key, ylabel="held-out loss (nats/token)")
-        plot.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return write(rows, workdir)
 
 
 VERBS = ("plan", "run", "report")
@@ -192,28 +168,35 @@ def main(argv: list[str]) -> int:
     if not FLAGS.workdir:
         raise InputError("--workdir", "is missing", "name a directory for the sweep")
     if verb == "report":
-        rows = report(FLAGS.workdir)
+        summary = report(FLAGS.workdir)
         if FLAGS.json:
-            command_line.print_json({"results": rows, "total": total_cost(rows)})
+            command_line.print_json(summary)
         else:
             print(open(os.path.join(FLAGS.workdir, "report.md")).read() + f"\n{os.path.join(FLAGS.workdir, 'report.png')}")
         return 0
     if not FLAGS.config:
         raise InputError("--config", "is missing", "name a preset")
-    rows = planned(grid(), command_line.preset(FLAGS.config), FLAGS.workdir)
+    cells = grid()
+    rows = planned(cells, command_line.preset(FLAGS.config), FLAGS.workdir)
     if verb == "plan":
+        seen = detectable(rows, finished_cells(FLAGS.workdir), FLAGS.seed_sd)
         if FLAGS.json:
-            command_line.print_json({"cells": rows})
+            command_line.print_json({"cells": rows, "detectable": seen})
         else:
             for row in rows:
                 print(f"{row['cell']}  {row['status']:8}  {row['params']:,} params, {row['tokens']:,} tokens, "
                       f"{row['flops']:.3g} FLOPs  {row['overrides']}")
             print(f"{len(rows)} cells, {sum(r['flops'] for r in rows if r['status'] != 'finished'):.3g} FLOPs to go")
+            if seen:
+                print(f"{seen['seeds']} seeds show a difference of {seen['difference']:.2g} nats/token to the first setting "
+                      f"four times in five, {seen['seeds_for_half']} half of it (settings compared: {seen['comparisons']}; "
+                      f"a difference's standard deviation over seeds: {seen['sd']:.2g}, from {seen['sd_from']})")
         return 0
+    remember(cells, FLAGS.workdir)
     failed = run_cells(rows, FLAGS.config, FLAGS.workdir, FLAGS.jobs, FLAGS.minutes)
-    rows = report(FLAGS.workdir)
+    summary = report(FLAGS.workdir)
     if FLAGS.json:
-        command_line.print_json({"results": rows, "total": total_cost(rows), "failed": failed})
+        command_line.print_json(summary | {"failed": failed})
     else:
         print(open(os.path.join(FLAGS.workdir, "report.md")).read())
     return 1 if failed else 0

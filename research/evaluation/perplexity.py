@@ -1,6 +1,7 @@
 """Loss on held-out documents with a standard error: nats per token, perplexity, bits per byte; by document, by position."""
 
 import dataclasses
+import hashlib
 import math
 from typing import Any, Callable, Iterable, Mapping
 
@@ -16,6 +17,8 @@ class Evaluation:
       summary: loss, se, perplexity, bits_per_byte, tokens, documents (`summarise`).
       document_D, tokens_D, nll_D: each counted document's index in the set's sources, its counted tokens, and the sum of
         their losses in nats; sorted by index. Two runs that were evaluated on the same set are paired by it.
+      sha256: hex, over the counted tokens and whose documents' they are, in turn: equal where the same was asked of two
+        models, whatever each was trained on, and however its rows are cut and batched.
       loss_by_position: mean loss of the tokens at positions 0, 1, 2-3, 4-7, ... of their document's row: how much the
         model gains from context. Buckets without a counted token are left out.
     """
@@ -24,6 +27,7 @@ class Evaluation:
     document_D: np.ndarray
     tokens_D: np.ndarray
     nll_D: np.ndarray
+    sha256: str
     loss_by_position: dict[str, float]
 
 
@@ -85,10 +89,12 @@ def evaluate(
     Raises:
       ValueError: no token is counted.
     """
-    by_document, by_position, total_bytes = _Sums(), _Sums(), 0.0
+    by_document, by_position, total_bytes, digest = _Sums(), _Sums(), 0.0, hashlib.sha256()
     for batch in progress(batches):
         nll_BxL = np.asarray(jax.device_get(nll(params, put(batch))), np.float64)
         weights_BxL = batch["weights_BxL"]
+        asked_Nx2 = np.stack([batch["document_index_BxL"], batch["targets_BxL"]], -1)[weights_BxL > 0]
+        digest.update(asked_Nx2.astype("<i4").tobytes())
         total_bytes += float(np.sum(token_bytes_V[batch["targets_BxL"]] * weights_BxL))
         by_document.add(batch["document_index_BxL"], nll_BxL, weights_BxL)
         by_position.add(bucket_of(batch["positions_BxL"]), nll_BxL, weights_BxL)
@@ -96,7 +102,7 @@ def evaluate(
     nll_D, tokens_D = np.array([total for _, total, _ in documents]), np.array([count for _, _, count in documents])
     return Evaluation(
         summarise(nll_D, tokens_D, total_bytes), np.array([key for key, _, _ in documents]), tokens_D, nll_D,
-        {bucket_name(bucket): total / count for bucket, total, count in by_position.counted()})
+        digest.hexdigest(), {bucket_name(bucket): total / count for bucket, total, count in by_position.counted()})
 
 
 def flat_evaluations(losses_E: Iterable[float], ses_E: Iterable[float]) -> int:

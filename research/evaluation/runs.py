@@ -4,15 +4,16 @@ import dataclasses
 import json
 import math
 import os
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from research.config import flatten
+from research.data.mixture import Skips, sample_at, with_skip
 from research.errors import InputError
 from research.evaluation import statistics
-from research.schema import CONFIG_FILE, EVALUATION_PREFIX, METRICS_PREFIX, RESULT_FILE, Config
+from research.schema import CONFIG_FILE, EVALUATION_PREFIX, LEDGER_PREFIX, METRICS_PREFIX, RESULT_FILE, Config, evaluation_file
 from research.training.workdir import read_config, read_rows
 
 AXES = ("steps", "tokens", "flops", "seconds")
@@ -30,6 +31,8 @@ class Run:
       rows: training rows with a finite loss, by step.
       evaluations: set -> its last evaluation row.
       documents: set (as its file is called) -> document -> (tokens, nll) of the last evaluation.
+      asked: set (as its file is called) -> sha256 of what that evaluation asked; none in runs from before it was kept.
+      skips: samples of the order that the guard left out.
     """
 
     path: str
@@ -39,6 +42,8 @@ class Run:
     rows: dict[int, dict[str, Any]]
     evaluations: dict[str, dict[str, Any]]
     documents: dict[str, dict[int, tuple[int, float]]]
+    asked: dict[str, str]
+    skips: Skips
     result: dict[str, Any] | None
 
     def curves(self) -> dict[str, np.ndarray]:
@@ -115,11 +120,31 @@ def load(path: str, label: str) -> Run:
     for file in sorted(where.iterdir(), key=lambda p: p.name):
         if file.name.startswith(EVALUATION_PREFIX) and file.name.endswith(".jsonl"):
             lines = [json.loads(line) for line in file.read_text().splitlines()]
-            documents[file.name[len(EVALUATION_PREFIX):-len(".jsonl")]] = {
-                line["document"]: (line["tokens"], float(line["nll"])) for line in lines}
+            documents[set_of(file.name)] = {line["document"]: (line["tokens"], float(line["nll"])) for line in lines}
     result = json.loads((where / RESULT_FILE).read_text()) if (where / RESULT_FILE).exists() else None
+    hashes = result["validation_sha256"] if result and "validation_sha256" in result else {}
+    asked = {set_of(evaluation_file(name)): found for name, found in hashes.items()}
     corpus = json.loads((where / CONFIG_FILE).read_text())["corpus_sha256"]
-    return Run(path, label, config, corpus, rows, evaluations, documents, result)
+    return Run(path, label, config, corpus, rows, evaluations, documents, asked, skips_of(where, config), result)
+
+
+def set_of(file: str) -> str:
+    """What a set is called in its file's name: evaluation-heldout.average.jsonl -> heldout.average."""
+    return file[len(EVALUATION_PREFIX):-len(".jsonl")]
+
+
+def skips_of(where: epath.Path, config: Config) -> Skips:
+    """The samples that the guard left out, as the ledger tells; before a branch as its trunk's does, if that is still there."""
+    skips: Skips = ()
+    trunk, _, step = (config.train.branch_from or "").rpartition("@")
+    if trunk and (epath.Path(trunk) / CONFIG_FILE).exists():
+        skips = skips_of(epath.Path(trunk), read_config(trunk))
+        place = int(step) * config.train.batch_size
+        skips = tuple(skip for i, skip in enumerate(skips) if skip[0] < sample_at(place, skips[:i]))
+    for row in read_rows(where, LEDGER_PREFIX):
+        if row["event"] == "skipped":
+            skips = with_skip(skips, *row["samples"])
+    return skips
 
 
 def config_difference(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -130,11 +155,22 @@ def config_difference(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {path: found for path, found in values.items() if any(value != found[0] for value in found)}
 
 
-def shares_data_order(ours: Run, base: Run) -> bool:
-    """Did both see the same tokens at every step?"""
+def shares_data_order(ours: Run, base: Run, steps: Iterable[int] | None = None) -> bool:
+    """Did both see the same tokens at `steps` (default: each one that both have done)?"""
     changed = config_difference([ours, base])
-    return ours.corpus == base.corpus and not any(
-        path.startswith(SHARED) and not path.startswith(NOT_SHARED) for path in changed)
+    if ours.corpus != base.corpus or any(path.startswith(SHARED) and not path.startswith(NOT_SHARED) for path in changed):
+        return False
+    steps = range(1, min(max(ours.rows), max(base.rows)) + 1) if steps is None else steps
+    size = ours.config.train.batch_size  # batches are left out whole
+    return ours.skips == base.skips or all(
+        sample_at((step - 1) * size, ours.skips) == sample_at((step - 1) * size, base.skips) for step in steps)
+
+
+def shares_documents(ours: Run, base: Run, name: str) -> bool:
+    """Was the same asked of both in the set `name`? Where one doesn't tell: were they trained on the same corpus?"""
+    if name in ours.asked and name in base.asked:
+        return ours.asked[name] == base.asked[name]
+    return ours.corpus == base.corpus
 
 
 def difference_over_steps(ours: Run, base: Run, tail: float, confidence: float) -> Difference:
@@ -152,7 +188,7 @@ def difference_over_steps(ours: Run, base: Run, tail: float, confidence: float) 
         return Difference(ours.label, base.label, "training", None, f"{len(steps)} common steps, {LEAST_STEPS} are needed")
     estimate = statistics.paired_steps([ours.rows[step]["loss"] for step in steps],
                                        [base.rows[step]["loss"] for step in steps], confidence)
-    note = f"steps {steps[0]}-{steps[-1]}" + ("" if shares_data_order(ours, base) else ", not the same data order")
+    note = f"steps {steps[0]}-{steps[-1]}" + ("" if shares_data_order(ours, base, steps) else ", not the same data order")
     return Difference(ours.label, base.label, "training", estimate, note)
 
 
@@ -163,7 +199,7 @@ def differences_over_documents(ours: Run, base: Run, confidence: float) -> list[
         mine, theirs = ours.documents[name], base.documents[name]
         common = sorted(set(mine) & set(theirs))
         estimate, note = None, f"{len(common)} documents"
-        if ours.corpus != base.corpus or any(mine[d][0] != theirs[d][0] for d in common):
+        if not shares_documents(ours, base, name) or any(mine[d][0] != theirs[d][0] for d in common):
             note = "other documents or tokens; compare bits per byte"
         elif len(common) < 2:
             note = f"{len(common)} documents in common, 2 are needed"

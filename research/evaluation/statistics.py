@@ -14,6 +14,7 @@ import numpy as np
 
 _NORMAL = statistics.NormalDist()
 _AT_ONCE = 4_000_000  # resampled numbers that are held in memory together
+_FRACTION_TERMS = 60  # enough for a million degrees of freedom: lgamma's rounding is then larger than what is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +33,27 @@ class Estimate:
 
 
 def student_cdf(t: float, df: int) -> float:
-    """P(T <= t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 1964, 26.7.3-4)."""
-    theta = math.atan(t / math.sqrt(df))
-    cos2 = math.cos(theta) ** 2
-    if df % 2:
-        series = np.cumprod([1.0, *(2 * k / (2 * k + 1) * cos2 for k in range(1, (df - 1) // 2))]).sum() if df > 1 else 0.0
-        inside = 2 / math.pi * (theta + math.sin(theta) * math.cos(theta) * series)
+    """P(T <= t) of Student's t. For t < 0 it is right to its own size however small it is, not a difference from 1/2.
+
+    The tail is I(x; df / 2, 1 / 2) / 2 at x = df / (df + t^2), I the regularised incomplete beta function (DLMF 8.17).
+    """
+    a, root, size = df / 2, math.sqrt(df), abs(t)
+    cosine, sine = math.sin(math.atan2(root, size)), math.sin(math.atan2(size, root))
+    front = cosine**df * sine * math.exp(math.lgamma(a + 0.5) - math.lgamma(a) - math.lgamma(0.5))
+    if cosine**2 < (a + 1) / (a + 2.5):  # where the fraction converges at once
+        tail = front / df * _beta_fraction(cosine**2, a, 0.5)
     else:
-        series = np.cumprod([1.0, *((2 * k - 1) / (2 * k) * cos2 for k in range(1, df // 2))]).sum()
-        inside = math.sin(theta) * series
-    return float(min(max(0.5 + inside / 2, 0.0), 1.0))
+        tail = 0.5 - front * _beta_fraction(sine**2, 0.5, a)
+    return tail if t < 0 else 1 - tail
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """The continued fraction of I(x; a, b), from the end (DLMF 8.17.22); converges for x < (a + 1) / (a + b + 2)."""
+    rest = 1.0
+    for k in range(_FRACTION_TERMS, 0, -1):
+        m, n = k // 2, a + k
+        rest = 1 + (-(a + m) * (a + b + m) if k % 2 else m * (b - m)) * x / (n * (n - 1) * rest)
+    return 1 / rest
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from research.data.loader import evaluation_batches
+from research.data.pipeline import prepare
 from research.evaluation.perplexity import bucket_name, bucket_of, evaluate, flat_evaluations, summarise
+from research.schema import DataConfig, Source, Validation
 
 
 def test_summary_by_hand():
@@ -40,6 +43,22 @@ def test_batches_are_gathered_by_document_and_padding_is_left_out():
     assert evaluation.document_D.tolist() == [0, 7] and evaluation.tokens_D.tolist() == [2, 3]
     assert evaluation.nll_D.tolist() == [3.0, 12.0]
     assert evaluation.loss_by_position == {"0": 2.0, "1": 3.0, "2-3": 5.0}
+    moved = {**batch, "document_index_BxL": np.array([[0, 0, 6], [6, 6, -1]])}
+    again, other = (evaluate(lambda params, rows: nll, None, [b], lambda b: b, np.array([0, 1, 2])) for b in (batch, moved))
+    assert again.sha256 == evaluation.sha256 != other.sha256
+
+
+def test_the_hash_is_of_what_is_asked_and_not_of_how_it_is_cut(tmp_path):
+    def asked(rows_a_batch: int = 4, seed: int = 0, documents: int = 9, **changes) -> str:
+        data = DataConfig((Source("synthetic"),), cache_dir=str(tmp_path), validation=(
+            Validation(sources=(Source("synthetic", {"documents": documents, "length": 90, "seed": seed}),)),), **changes)
+        rows = prepare(data, 264, 0, quiet=True).validation["heldout"]
+        return evaluate(lambda _, batch: np.zeros(batch["targets_BxL"].shape), None, evaluation_batches(rows, rows_a_batch),
+                        lambda batch: batch, np.ones(264)).sha256
+
+    whole = asked()
+    assert asked(3) == asked(seq_len=40) == asked(packed=False) == asked(holdout=0.3) == whole
+    assert len({whole, asked(seed=1), asked(documents=10)}) == 3
 
 
 def test_position_buckets_double():

@@ -1,5 +1,6 @@
 """Intervals cover what they say by simulation; the formulas agree with scipy where it has them."""
 
+import functools
 import math
 
 import numpy as np
@@ -82,6 +83,27 @@ def test_student_is_scipys(df):
         assert statistics.student_cdf(t, df) == pytest.approx(stats.t.cdf(t, df), abs=1e-12)
     for probability in (0.005, 0.4, 0.9, 0.975, 0.9995):
         assert statistics.student_quantile(probability, df) == pytest.approx(stats.t.ppf(probability, df), rel=1e-7)
+
+
+TAILS = {  # P(T > t) in closed form, or as scipy has it
+    1: lambda t: math.atan2(1, t) / math.pi,
+    2: lambda t: 1 / (2 + t * t + t * math.sqrt(2 + t * t)),
+    **{df: functools.partial(lambda t, df: stats.t.sf(t, df), df=df) for df in (3, 4, 9, 30, 401, 5000)},
+}
+
+
+@pytest.mark.parametrize("df", TAILS)
+def test_a_tail_is_right_however_small(df):
+    for t in (0.01, 1.0, 1.72, 1.75, 3.0, 9.0, 11.0, 30.0, 1e3, 1e8, 1e100):
+        wanted = TAILS[df](t)
+        assert statistics.student_cdf(-t, df) == pytest.approx(wanted, rel=1e-9, abs=1e-300)
+    assert statistics.student_cdf(-math.inf, df) == 0.0 and statistics.student_cdf(math.inf, df) == 1.0
+
+
+def test_a_sure_difference_has_a_p_value_of_its_size():
+    values = 40.0 + np.random.default_rng(3).normal(0.0, 1.0, 30)
+    p = statistics.over_seeds(values).p
+    assert 0 < p < 1e-40 and p == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue, rel=1e-9)
 
 
 def test_seeds_and_equal_documents_are_scipys_t_tests():

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from research.config import override
 from research.errors import InputError
 from research.evaluation import runs
 from research.evaluation.comparison import compare
+from research.schema import Source, Validation
 from research.training.loop import Launch, run
 from research.training.workdir import read_rows
 
@@ -21,11 +24,11 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__f
 LEARNING_RATES = {"slow": 1e-3, "fast": 1e-2}
 
 
-def train(folder, name: str, **changes) -> str:
+def train(folder, name: str, fault=None, **changes) -> str:
     base = {"data.cache_dir": str(folder / "cache"), "train.steps": 40, "train.log_every": 1, "train.eval_every": 20,
             "model.dim": 16, "checkpoint.every_minutes": 0}
     config = override(preset("debug"), base | {key.replace("__", "."): value for key, value in changes.items()})
-    run(config, Launch(str(folder / name), preset("debug"), quiet=True))
+    run(config, Launch(str(folder / name), preset("debug"), quiet=True, fault=fault))
     return str(folder / name)
 
 
@@ -45,7 +48,8 @@ def summary(two):
 
 
 def copy(source: str, target, changes=None, keep=lambda row: True, document=lambda row: row, **figures) -> str:
-    """A run like `source`: other config fields and figures, the metrics rows that `keep` keeps, other documents."""
+    """A run like `source` without a result: other config fields and figures, the metrics rows that `keep` keeps, other
+    documents."""
     os.makedirs(target)
     saved = json.load(open(f"{source}/config.json"))
     for path, value in (changes or {}).items():
@@ -58,6 +62,8 @@ def copy(source: str, target, changes=None, keep=lambda row: True, document=lamb
     (target / "config.json").write_text(json.dumps(saved))
     rows = [row | figures for row in read_rows(source, "metrics-") if keep(row)]
     (target / "metrics-0000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for ledger in pathlib.Path(source).glob("ledger-*"):
+        shutil.copy(ledger, target)
     documents = [document(json.loads(line)) for line in open(f"{source}/evaluation-heldout.jsonl")]
     (target / "evaluation-heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
     return str(target)
@@ -122,6 +128,48 @@ def test_other_data_is_said_or_not_paired(two, tmp_path):
     longer = copy(two[1], tmp_path / "longer", document=lambda row: row | {"tokens": row["tokens"] + row["document"] // 5})
     row = difference(compare([two[0], longer]), "heldout")
     assert row["difference"] is None and "compare bits per byte" in row["note"]
+
+
+def test_documents_are_paired_where_the_same_was_asked(folder, tmp_path):
+    """Whatever the models were trained on. The texts of all seeds are of one length: tokens alone don't tell the sets apart."""
+    def of(seed: int) -> tuple[Source, ...]:
+        return (Source("synthetic", {"documents": 20, "length": 200, "seed": seed}),)
+
+    def trained(name: str, on: int, asked: int) -> str:
+        return train(folder, name, data__sources=of(on), data__validation=(Validation(sources=of(asked)),))
+
+    base, mixture, asked = trained("base", 0, 5), trained("mixture", 1, 5), trained("asked", 0, 6)
+    found = compare([base, mixture, asked])
+    paired, other = (row for row in found["differences"] if row["what"] == "heldout")
+    losses = [run["evaluations"]["heldout"]["loss"] for run in found["runs"]]
+    assert paired["difference"]["value"] == pytest.approx(losses[1] - losses[0]) and paired["n"] == 20
+    assert other["difference"] is None and other["note"] == "other documents or tokens; compare bits per byte"
+    assert found["same_data_order"] == {"mixture": False, "asked": True}
+    for source, pairs in ((mixture, False), (asked, True)):  # a run that doesn't tell is judged by its corpus
+        older = copy(source, tmp_path / os.path.basename(source))
+        assert bool(difference(compare([base, older]), "heldout")["difference"]) == pairs
+
+
+def test_skipped_batches_end_the_common_order(folder, two, tmp_path):
+    def fault(step, sample, batch):
+        return {**batch, "weights_BxL": batch["weights_BxL"] * np.nan} if sample == 80 else batch  # always that of step 21
+
+    guard = {"checkpoint__every_steps": 10, "guard__rollback_steps": 2, "guard__skip_batches": 3}
+    skipped = train(folder, "skipped", fault, **guard)
+    assert runs.load(skipped, "skipped").skips == ((72, 84),)  # from step 19 on
+    found = compare([two[0], skipped])
+    assert found["same_data_order"] == {"skipped": False}
+    assert difference(found, "training")["note"] == "steps 31-40, not the same data order"
+    again, early = copy(skipped, tmp_path / "again"), copy(skipped, tmp_path / "early", keep=lambda row: row["step"] <= 18)
+    branches = []
+    for step in (18, 30):  # before and after that; the ledger of a branch has no word of it
+        branches.append(copy(skipped, tmp_path / f"from-{step}", {"train.branch_from": f"{skipped}@{step}"},
+                             keep=lambda row: row["step"] > step))
+        for ledger in pathlib.Path(branches[-1]).glob("ledger-*"):
+            ledger.unlink()
+    for pair in ([skipped, again], [two[0], early], [two[0], branches[0]], [skipped, branches[1]]):
+        found = compare(pair)
+        assert list(found["same_data_order"].values()) == [True] and "order" not in difference(found, "training")["note"]
 
 
 def test_p_values_are_adjusted_over_the_runs(two, tmp_path):
