@@ -29,7 +29,7 @@ COMPILED = "compiled"
 METRICS_PREFIX = "metrics-"
 LEDGER_PREFIX = "ledger-"
 EVALUATION_PREFIX = "evaluation-"
-LEDGER_EVENTS = ("started", "resumed", "preempted", "saved", "restored", "quarantined", "rolled_back", "skipped",
+LEDGER_EVENTS = ("started", "resumed", "preempted", "saved", "quarantined", "rolled_back", "skipped",
                  "alarm", "predicted", "scored", "finished")
 
 
@@ -133,11 +133,18 @@ class Source(Node):
 
 @dataclasses.dataclass(frozen=True)
 class Validation(Node):
-    """A named evaluation set: the held-out documents of `data.sources`, or the whole of `sources` where given."""
+    """A named evaluation set: the held-out documents of `data.sources`, or the whole of `sources` where given.
+
+    `groups`: of their documents, those of these groups alone (a source's `group_by`; one without groups goes by its number
+    and name, "0:text", as tools.prepare_data shows it). `by_group`: beside the set, each of its groups is one, called
+    NAME-GROUP, of at most `max_rows` rows, too.
+    """
 
     name: str = "heldout"
     sources: tuple[Source, ...] = ()
     max_rows: Positive = 256
+    groups: tuple[str, ...] = ()
+    by_group: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Fills the cache with a preset's data ahead of a run: `python -m tools.prepare_data --config=NAME [--set k=v]...`
 
-A run with the same data settings then starts at once. A job that was killed goes on where it was: finished parts aren't
-tokenised again. SentencePiece and `tokenizers` encode on every core. `--json` prints tokens, bytes (of text) and
-documents of one pass over the training split, the corpus hash, seconds, and the same for each part of the mixture.
+A run with the same data settings then tokenises nothing and trains no vocabulary; it still reads the corpus once, which
+tells that it is the same. A job that was killed goes on where it was: finished parts aren't tokenised again. SentencePiece
+and `tokenizers` encode on every core. `--json` prints tokens, bytes (of text) and documents of one pass over the training
+split, the corpus hash, seconds, the same for each part of the mixture, and the rows of each evaluation set.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ from absl import flags
 
 from experiments import command_line
 from research.data import pipeline
-from research.errors import InputError
 
 command_line.define_config_flags()
 command_line.define_json_flag()
@@ -25,9 +25,6 @@ def main(_: list[str]) -> int:
     start = time.monotonic()
     prepared = pipeline.prepare(config.data, config.model.vocab_size, config.seed)
     seconds = time.monotonic() - start
-    if prepared.tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError("model.vocab_size", f"{config.model.vocab_size} is below the tokenizer's "
-                         f"{prepared.tokenizer.vocab_size}", f"set model.vocab_size={prepared.tokenizer.vocab_size}")
     report = {
         "tokens": prepared.train_tokens, "bytes": prepared.train_bytes,
         "documents": sum(part.documents for part in prepared.parts), "hash": prepared.corpus_hash, "seconds": seconds,

@@ -1,12 +1,15 @@
 """From a data config to rows: sources, tokenizer, cache, packing, in one call."""
 
 import dataclasses
+import itertools
 import pathlib
 from typing import Iterator, Sequence
 
+import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from research.config import nearest
 from research.data import documents, storage
 from research.data.cache import TokenCache, token_cache
 from research.data.documents import DocumentSource
@@ -16,9 +19,11 @@ from research.data.records import Records
 from research.data.sources import make_source
 from research.data.tokenizer import TOKENIZERS, Tokenizer, directory_of, load_tokenizer, parse_spec
 from research.errors import InputError
-from research.schema import DataConfig, Source
+from research.schema import DataConfig, Source, Validation
 
 TOKENIZER_SAMPLE_BYTES = 12_000_000  # of text that a vocabulary is trained on
+_FIRST_READ = 64  # documents of a source that are sampled before their size is known
+_COMPARED_DOCUMENTS = 16  # of an evaluation set with sources of its own, with what is trained on
 _VALIDATION_SEED = 0  # of the order of held-out documents: the same set in every run
 
 
@@ -30,7 +35,7 @@ class Prepared:
       tokenizer: of all sources.
       train: rows of each part; a part is a source, or a group of one that has groups. `weights` are their shares
         (loader.Loader takes both).
-      validation: name of the set -> at most `max_rows` rows, evenly spread over it.
+      validation: name of the set -> at most `max_rows` rows, evenly spread over it; those of `by_group` after their set.
       corpus_hash: sha256 (hex) over the contents of the training sources, held-out documents included.
       train_tokens, train_bytes: of one pass over the training documents; tokens count <s> and </s>, bytes are
         of text.
@@ -64,10 +69,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A source or a group before it is tokenised. share: of its source's weight; None is by its number of tokens."""
+    """A source or a group before it is tokenised.
+
+    label: what `groups` of an evaluation set call it: the group, or the name where there is none.
+    share: of its source's weight; None is by its number of tokens.
+    """
 
     number: int
     name: str
+    label: str
     source: DocumentSource
     share: float | None
     skipped: int
@@ -89,6 +99,7 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
     sources = make_sources(data.sources, "data.sources", data.cache_dir)
     corpus_hash = documents.combine([source.fingerprint() for source in sources])
     members = _members(sources, data.sources)
+    sets = [_members_of_set(number, wanted, members, data.cache_dir) for number, wanted in enumerate(data.validation)]
     tokenizer = _tokenizer(data, vocab_size, sources, members, corpus_hash, quiet)
     caches = [token_cache(member.source, tokenizer, data.holdout, data.cache_dir, quiet) for member in members]
     kept = [i for i, (member, cache) in enumerate(zip(members, caches)) if _is_kept(member, cache["train"])]
@@ -97,18 +108,14 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
             raise InputError(f"data.sources.{number}", "every document is held out",
                              "give more documents or lower data.holdout")
     train = tuple(make_rows(caches[i]["train"], data.seq_len, data.packed, seed) for i in kept)
+    held_out = {member.name: cache["validation"] for member, cache in zip(members, caches)}
+    trained = [caches[i]["train"] for i in kept]
     validation = {}
-    for i, wanted in enumerate(data.validation):
-        if wanted.sources:
-            others = make_sources(wanted.sources, f"data.validation.{i}.sources", data.cache_dir)
-            parts = [token_cache(source, tokenizer, 0.0, data.cache_dir, quiet)["train"] for source in others]
-        else:
-            parts = [cache["validation"] for cache in caches]
-        validation[wanted.name] = _validation_rows(data, parts, wanted.max_rows)
-        if not len(validation[wanted.name]):
-            raise InputError(
-                "data.holdout", f"{data.holdout} holds out no document for the set {wanted.name!r}",
-                "raise it, split the text into more documents, or set data.validation in the preset")
+    for number, chosen in enumerate(sets):
+        for name, rows in _rows_of_set(data, number, chosen, tokenizer, held_out, trained, quiet).items():
+            if name in validation:
+                raise InputError(f"data.validation.{number}", f"there is another set {name!r}", "name one of them differently")
+            validation[name] = rows
     parts = tuple(_part(members[i], caches[i]) for i in kept)
     prepared = Prepared(
         tokenizer, train, _weights([members[i] for i in kept], parts, data.sources), validation, corpus_hash,
@@ -119,21 +126,43 @@ def prepare(data: DataConfig, vocab_size: int, seed: int, *, quiet: bool = False
     return prepared
 
 
-def _members(sources: Sequence[DocumentSource], configs: Sequence[Source]) -> list[_Member]:
+def _members(
+    sources: Sequence[DocumentSource], configs: Sequence[Source], field: str = "data.sources", apart: bool = True
+) -> list[_Member]:
+    """apart: whether groups are members of their own."""
     members = []
     for number, (source, config) in enumerate(zip(sources, configs)):
         name = f"{number}:{config.name}"
         skipped = source.skipped if isinstance(source, Records) else 0
         try:
-            groups = source.grouped() if isinstance(source, Records) else {}
+            groups = source.grouped() if apart and isinstance(source, Records) else {}
         except InputError as error:
-            raise error.within(f"data.sources.{number}.args") from None
+            raise error.within(f"{field}.{number}.args") from None
         if not groups:
-            members.append(_Member(number, name, source, 1.0, skipped))
+            members.append(_Member(number, name, name, source, 1.0, skipped))
         for group, part in groups.items():
             share = source.group_weights[group] / sum(source.group_weights.values()) if source.group_weights else None
-            members.append(_Member(number, f"{name}/{group}", part, share, skipped))
+            members.append(_Member(number, f"{name}/{group}", group or f"{name}/", part, share, skipped))
     return members
+
+
+def _members_of_set(number: int, wanted: Validation, members: Sequence[_Member], cache_dir: str) -> list[_Member]:
+    """Those whose documents the evaluation set has: of its own sources, else of the training's `members`."""
+    field = f"data.validation.{number}"
+    if wanted.sources:
+        sources = make_sources(wanted.sources, f"{field}.sources", cache_dir)
+        for i, source in enumerate(sources):
+            if isinstance(source, Records) and source.group_weights:
+                raise InputError(f"{field}.sources.{i}.args.group_weights", "shares nothing out: the set is read whole",
+                                 f"leave it out; {field}.groups names the groups that count")
+        members = _members(sources, wanted.sources, f"{field}.sources", bool(wanted.groups or wanted.by_group))
+    labels = sorted({member.label for member in members})
+    for group in wanted.groups:
+        if group not in labels:
+            raise InputError(f"{field}.groups", f"there is no group {group!r}", nearest(group, labels))
+    if wanted.by_group and len(members) == 1 and members[0].label == members[0].name:
+        raise InputError(f"{field}.by_group", "there are no groups", "name the field that makes them: the source's group_by")
+    return [member for member in members if not wanted.groups or member.label in wanted.groups]
 
 
 def _is_kept(member: _Member, cache: TokenCache) -> bool:
@@ -165,6 +194,9 @@ def _weights(members: Sequence[_Member], parts: Sequence[Part], configs: Sequenc
             weights.append(config.weight * share)
             continue
         points = dict(zip((0, *config.at_samples), (config.weight, *config.later_weights)))  # a point at 0 wins
+        if not any(points.values()):
+            raise InputError(f"data.sources.{member.number}.later_weights", "are nothing from sample 0 on",
+                             "leave the source out instead")
         weights.append(tuple((sample, weight * share) for sample, weight in points.items()))
     Mixture(weights, [1] * len(weights), 0)  # says at once where they sum to nothing
     return tuple(weights)
@@ -188,6 +220,52 @@ def make_sources(configs: Sequence[Source], field: str, cache_dir: str) -> list[
     return sources
 
 
+def _rows_of_set(
+    data: DataConfig, number: int, chosen: Sequence[_Member], tokenizer: Tokenizer, held_out: dict[str, TokenCache],
+    trained: Sequence[TokenCache], quiet: bool,
+) -> dict[str, Rows]:
+    """The set `data.validation[number]` by its name, and with `by_group` those of its groups."""
+    wanted = data.validation[number]
+    caches = held_out
+    if wanted.sources:
+        caches = {member.name: token_cache(member.source, tokenizer, 0.0, data.cache_dir, quiet)["train"]
+                  for member in chosen}
+        _warn_of_trained(number, wanted.name, list(caches.values()), trained)
+    parts = {wanted.name: chosen}
+    for label in sorted({member.label for member in chosen}) if wanted.by_group else ():
+        parts[f"{wanted.name}-{label}"] = [member for member in chosen if member.label == label]
+    sets = {name: _validation_rows(data, [caches[member.name] for member in part], wanted.max_rows)
+            for name, part in parts.items()}
+    if not len(sets[wanted.name]):
+        raise InputError(
+            "data.holdout", f"{data.holdout} holds out no document for the set {wanted.name!r}",
+            "raise it, split the text into more documents, or set data.validation in the preset")
+    if empty := [name for name, rows in sets.items() if not len(rows)]:
+        logging.warning("data.holdout=%s holds out no document for the sets %s: there are none", data.holdout, ", ".join(empty))
+    return {name: rows for name, rows in sets.items() if len(rows)}
+
+
+def _warn_of_trained(number: int, name: str, parts: Sequence[TokenCache], trained: Sequence[TokenCache]) -> None:
+    """Says where a set's own sources are the training's, too. Long documents tell: few others are as long."""
+    compared = found = 0
+    for part in parts:
+        for document in np.argsort(-np.diff(part.offsets_D1), kind="stable")[:-(-_COMPARED_DOCUMENTS // len(parts))]:
+            ids_T = part.tokens_T[part.offsets_D1[document]:part.offsets_D1[document + 1]]
+            compared += 1
+            found += any(_holds(cache, ids_T) for cache in trained)
+    if found:
+        logging.warning("data.validation.%d: %d of the %d documents of %r that were compared are trained on, word for word; "
+                        "without `sources` a set has what is held out of data.sources", number, found, compared, name)
+
+
+def _holds(cache: TokenCache, ids_T: np.ndarray) -> bool:
+    """Whether one of its documents is `ids_T`."""
+    starts_D = cache.offsets_D1[:-1][np.diff(cache.offsets_D1) == len(ids_T)]
+    for place in range(0, len(ids_T), max(len(ids_T) // 8, 1)):  # a few tokens of all of them at once: they leave next to none
+        starts_D = starts_D[cache.tokens_T[starts_D + place] == ids_T[place]]
+    return any(np.array_equal(cache.tokens_T[start:start + len(ids_T)], ids_T) for start in starts_D)
+
+
 def _validation_rows(data: DataConfig, parts: Sequence[TokenCache], max_rows: int) -> Rows:
     rows = [make_rows(part, data.seq_len, data.packed, _VALIDATION_SEED) for part in parts]
     return SpreadRows(rows, [len(part.offsets_D1) - 1 for part in parts], max_rows)
@@ -204,11 +282,10 @@ def _tokenizer(
             found = load_tokenizer(directory)
         except InputError as error:
             raise InputError("data.tokenizer", error.problem, error.cure) from None
-        if found.vocab_size > vocab_size:  # said before anything is tokenised
-            raise InputError("model.vocab_size", f"{vocab_size} is below the {found.vocab_size} of {data.tokenizer}",
-                             f"set model.vocab_size={found.vocab_size}")
+        _check_size(data, found.vocab_size, vocab_size)
         return found
     name, size = parse_spec(data.tokenizer, vocab_size)
+    _check_size(data, size, vocab_size)
     if name == "bytes":
         return TOKENIZERS[name]()
     chosen, shares = _shares(data, sources, members)
@@ -219,6 +296,15 @@ def _tokenizer(
         with storage.building(path, _loads) as build:
             _train(name, size, chosen, shares, data.holdout, quiet).save(build)
     return load_tokenizer(path)
+
+
+def _check_size(data: DataConfig, size: int, vocab_size: int) -> None:
+    """Whether the model has a place for each of the tokenizer's `size` ids; said before anything is tokenised."""
+    if size > vocab_size:
+        raise InputError("model.vocab_size", f"{vocab_size} is below the {size} of {data.tokenizer}",
+                         f"set model.vocab_size={size}")
+    if vocab_size > 2 * size:
+        logging.warning("model.vocab_size=%d, and %s has %d ids: no text has the others", vocab_size, data.tokenizer, size)
 
 
 def train_tokenizer(
@@ -283,11 +369,18 @@ def sample_texts(
     for source, share in zip(sources, shares):
         left = share * most
         names = [source.document_id(i) for i in range(len(source))]
-        for i in sorted(range(len(names)), key=lambda i: documents.subset_key(names[i])):
-            if left <= 0:
-                break
-            if documents.split(names[i], holdout) == "train":
-                text = source.document(i).text
-                left -= len(text.encode("utf-8"))
-                bar.update(len(text.encode("utf-8")))
-                yield text
+        spread = sorted(range(len(names)), key=lambda i: documents.subset_key(names[i]))
+        chosen = (i for i in spread if documents.split(names[i], holdout) == "train")
+        count = _FIRST_READ
+        while left > 0 and (batch := list(itertools.islice(chosen, count))):
+            # Read in the order of the source: a Parquet file decodes each of its row groups once a batch.
+            texts, size = {i: source.document(i).text for i in sorted(batch)}, 0
+            for i in batch:
+                if left <= 0:
+                    break
+                length = len(texts[i].encode("utf-8"))
+                left, size = left - length, size + length
+                bar.update(length)
+                yield texts[i]
+            # As many as seem to be left; not at once, should these have been the small ones.
+            count = min(8 * len(batch), 1 + int(left * len(batch) / max(size, 1)))

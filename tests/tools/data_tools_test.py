@@ -74,9 +74,11 @@ def test_prepare_data_stops_at_a_bad_row_or_counts_it(home):
     assert stopped.returncode == EXIT_BAD_INPUT
     assert stopped.stderr.startswith("error: data.sources.0.args.paths: rows.jsonl, row 70: isn't JSON"), stopped.stderr
     assert stopped.stderr.count("\n") == 1 and not list((home / "bad").glob("tokens*"))
-    skipped = call(home, "tools.prepare_data", "--json", *rows_of(home, "bad", "rows.jsonl", on_error="skip", group_by="lang"))
+    skipped = call(home, "tools.prepare_data", "--json", *rows_of(home, "bad", "rows.jsonl", on_error="skip", group_by="lang"),
+                   "--set=data.validation.0.by_group=true", "--set=data.holdout=0.2")
     assert skipped.returncode == 0 and "left out 1 bad rows of 301; the first: rows.jsonl, row 70" in skipped.stderr
-    parts = json.loads(skipped.stdout)["parts"]
+    parts, sets = (json.loads(skipped.stdout)[key] for key in ("parts", "validation"))
+    assert list(sets) == ["heldout", "heldout-de", "heldout-en", "heldout-la"] and all(sets.values())
     assert [part["name"] for part in parts] == ["0:jsonl/de", "0:jsonl/en", "0:jsonl/la"]
     assert all(part["skipped"] == 1 for part in parts) and sum(part["weight"] for part in parts) == pytest.approx(1)
 
