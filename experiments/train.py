@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from experiments import command_line
+from experiments import BEGAN, command_line
 from research.config import override, parse_assignments
 from research.errors import InputError
 from research.schema import HEARTBEAT, TOKENIZER, Config
@@ -25,7 +25,7 @@ flags.DEFINE_float("minutes", None, "Stop cleanly after so many minutes (exit co
                    lower_bound=0.0)
 flags.DEFINE_string("prediction", None, "A prediction file to register at step 0 (copied into the workdir).")
 flags.DEFINE_integer("profile_steps", 0, "Trace so many steps for TensorBoard's profile tab.", lower_bound=0)
-flags.DEFINE_string("webhook", None, "An address that is sent one JSON POST at the end of the run, or when it fails.")
+flags.DEFINE_string("webhook", None, "An address that is sent a JSON POST at each alarm, and one at the end of the run or when it fails.")
 flags.DEFINE_string("wandb", None, "A Weights & Biases project to mirror the run in (needs the package wandb).")
 flags.DEFINE_float("heartbeat", HEARTBEAT, "Seconds without a sign of life after which a process of several is lost; "
                    "the others name it and end with 75.", lower_bound=0.5)
@@ -40,7 +40,7 @@ def main(_: list[str]) -> int:
     command_line.keep_compiled(FLAGS.workdir)
     config, preset = continued(FLAGS.init_from) if FLAGS.init_from else command_line.configured()
     launch = Launch(FLAGS.workdir, preset, FLAGS.minutes, FLAGS.prediction, FLAGS.profile_steps,
-                    webhook=FLAGS.webhook, wandb=FLAGS.wandb, heartbeat=FLAGS.heartbeat)
+                    webhook=FLAGS.webhook, wandb=FLAGS.wandb, heartbeat=FLAGS.heartbeat, began=BEGAN)
     result = run(config, launch)
     if FLAGS.json:
         command_line.print_json(result)

@@ -61,6 +61,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_schedule_free_evaluates", "test_it_is_made_in_the_step", "test_a_run_evaluates", "test_bfloat16"),
     "training/branch_test.py": ("test_a_branch_ends_as_the_whole_run_does",),
     "training/disk_full_test.py": (r"test_a_run_survives_a_full_disk\[stop",),
+    "training/goodput_test.py": ("test_killed_launches_are_accounted_for",),
     "training/mirrors_test.py": ("test_a_run_is_announced",),
     "training/muon_test.py": ("test_adafactor_is_its_algorithm", "test_what_is_no_hidden_matrix"),
     "training/objectives_test.py": (

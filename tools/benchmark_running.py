@@ -21,7 +21,7 @@ import numpy as np
 
 from configs import PRESETS
 from research.config import override
-from research.schema import LEDGER_PREFIX, Config
+from research.schema import LEDGER_PREFIX, METRICS_PREFIX, Config
 from research.training.program import Program, make_program
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring for each program that XLA compiles
@@ -181,12 +181,17 @@ def start(rounds: int) -> dict[str, Any]:
     seconds = []
     with tempfile.TemporaryDirectory() as directory:
         for number in range(rounds + 1):  # the first fills the caches
-            began = time.time()
-            subprocess.run([sys.executable, "-m", "experiments.train", "--config=debug", f"--workdir={directory}/{number}",
-                            "--set=train.steps=1", "--set=optim.warmup_steps=0"], check=True, capture_output=True,
-                           env=os.environ | {"RUNG_CACHE": f"{directory}/compiled"})
-            rows = _rows(pathlib.Path(directory, str(number)), LEDGER_PREFIX)
-            seconds.append(next(row["time"] for row in rows if row["event"] in ("saved", "finished")) - began)
+            began = time.monotonic()
+            words = ["--config=debug", f"--workdir={directory}/{number}", "--set=train.steps=100000", "--set=train.log_every=1"]
+            launch = subprocess.Popen([sys.executable, "-m", "experiments.train", *words], stderr=subprocess.DEVNULL,
+                                      env=os.environ | {"RUNG_CACHE": f"{directory}/compiled"})
+            while not list(pathlib.Path(directory).glob(f"{number}/{METRICS_PREFIX}*")):  # the first step's row
+                if launch.poll() is not None:
+                    raise RuntimeError(f"experiments.train ended with {launch.returncode}")
+                time.sleep(0.002)
+            seconds.append(time.monotonic() - began)
+            launch.kill()
+            launch.wait()
     return {"cold": seconds[0], "seconds": statistics.median(seconds[1:]), "all": seconds[1:]}
 
 

@@ -15,7 +15,7 @@ from research.decoding.sampling import Sampling
 from research.errors import InputError
 from research.models.lm import LanguageModel
 from research.schema import TOKENIZER
-from research.training.checkpoint import load_params
+from research.training.restore import load_params
 from research.training.workdir import read_config
 
 command_line.define_json_flag()

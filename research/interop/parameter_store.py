@@ -20,9 +20,9 @@ from etils import epath
 from research.errors import InputError
 from research.params import unflatten
 from research.schema import CHECKPOINTS, SCHEMA_VERSION
-from research.training.checkpoint import checkpoint_step
 from research.training.checksums import checksum_of_part
 from research.training.manifest import check_step, complete_manifest, write_manifest
+from research.training.restore import checkpoint_step
 from research.training.workdir import write_json
 
 ITEMS = ("params", "meta")

@@ -9,6 +9,7 @@ checkpoints/quarantine/.
 import collections
 import concurrent.futures
 import itertools
+import shutil
 import time
 from typing import Any, Callable, Mapping, Sequence
 
@@ -20,22 +21,18 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from research.errors import InputError, is_full
-from research.params import flatten, unflatten
+from research.errors import InputError, Interrupted, is_full
 from research.schema import CHECKPOINTS, SCHEMA_VERSION, CheckpointConfig
 from research.training import manifest
 from research.training.averaging import averaged_steps
 from research.training.checksums import begin_checksums, checksums
 from research.training.manifest import BrokenStep, check_step
+from research.training.restore import describe_arrays, load_step, verify
 from research.training.state import TrainState
+from research.training.workdir import is_remote
 
 FINISH_SECONDS = 3600  # how long the processes of a job wait for each other at the end of a save
 _FINISHED = itertools.count()  # numbers those waits: none may have the name of another, though a step may be saved twice
-
-
-def describe_arrays(params: Any) -> dict[str, list]:
-    """Path -> [shape, dtype], for meta and for saying what doesn't fit."""
-    return {path: [list(x.shape), str(jnp.dtype(x.dtype))] for path, x in flatten(params).items()}
 
 
 def steps_to_delete(steps: Sequence[int], good: Callable[[int], bool], config: CheckpointConfig, average: int) -> list[int]:
@@ -65,6 +62,7 @@ class Checkpointer:
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._first:
             manifest.remove_unfinished(self._directory)
+        _agreed("")  # on object stores what is cut short looks like a step until it is removed
         self._writer = self._open_writer()
         self._found_good: dict[int, bool] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -102,7 +100,9 @@ class Checkpointer:
     def save(self, state: TrainState, data: Mapping[str, Any], averaged: Any = None) -> None:
         """Begins to copy the state off the devices, and writes in the background; a step already there is left alone.
 
-        Waits for the save before, if that isn't done. A full disk is no error: see `events`.
+        Waits for the save before, if that isn't done. A full disk is no error: see `events`. In a job of several processes a
+        disk is full that hasn't room for all arrays; where it fills up while they write, `Interrupted` is raised by one of
+        them, as soon as it waits for the save: the others, in Orbax's barriers, can't be told but by its leaving the job.
         `averaged`: the parameters to evaluate, sample and export, where they aren't state.params.
         """
         step = int(state.step)  # the devices have finished it: what blocks from here on is the save
@@ -112,6 +112,9 @@ class Checkpointer:
         if place.exists():
             return
         arrays = _arrays(state, averaged)
+        if jax.process_count() > 1 and _agreed("" if self._has_room(arrays) else "full"):
+            self._note_full(step)
+            return
         meta = {"schema": SCHEMA_VERSION, "step": step, "params": describe_arrays(state.params)}
         meta |= {} if averaged is None else {"averaged": describe_arrays(averaged)}
         self._being_saved = step, begin_checksums(arrays)
@@ -169,19 +172,27 @@ class Checkpointer:
         """The disk is full: removes the half-written step and says so. Raises `error` where it is another one."""
         if not is_full(error):
             raise error
+        if jax.process_count() > 1:
+            raise Interrupted("the disk is full; make room, and the same command goes on from the last checkpoint") from error
         self._writer = self._open_writer()  # the old one would raise this again
         if self._first:
             manifest.remove_unfinished(self._directory)
+        self._note_full(step)
+
+    def _has_room(self, arrays: Any) -> bool:
+        """For all of them, from every process: they share this directory. (Object stores have.)"""
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+        return is_remote(self._directory) or shutil.disk_usage(self._directory).free > size
+
+    def _note_full(self, step: int) -> None:
         last = self.latest_step()  # the step itself, if there was just room for it
         lost = "" if last == step else f"step {step} isn't saved, "
         reason = f"the disk is full: {lost}{'nothing' if last is None else last} is the last that is"
         logging.warning("%s", reason)
         self._events.append(("alarm", step, {"reason": reason}))
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The newest good state (saved at `step` or before it), laid out like `abstract`, and what was saved as `data`.
-
-        The broken steps that are passed over are moved to checkpoints/quarantine/.
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest good state, laid out like `abstract`, and what was saved as `data`; those passed over go to quarantine.
 
         Raises:
           InputError: the checkpoint's parameters have other names or shapes; or no step is good: none is moved then.
@@ -189,25 +200,35 @@ class Checkpointer:
         self.wait()
         refused: dict[int, str] = {}
         for saved in reversed(self.saved_steps()):
-            if step is not None and saved > step:
-                continue
             try:
-                self._check(saved)
-                restored = _load(self._writer, self._directory / str(saved), abstract, saved)
+                restored = self.restore_step(abstract, saved)
                 break
             except BrokenStep as error:
-                logging.warning("%s", error)
                 refused[saved] = error.flaw
         else:
             flaws = "; ".join(f"step {saved}, {flaw}" for saved, flaw in refused.items()) or "there is none"
             raise InputError("checkpoint", f"no step in {self._directory} is good: {flaws}",
                              "restore one from a copy, or move the directory away to begin at step 0")
-        for broken, flaw in refused.items():
-            if self._first:
-                manifest.quarantine(self._directory, broken)
-            self._events.append(("quarantined", broken, {"reason": flaw}))
-        _agreed("")  # no process goes on before they are moved
+        self.quarantine(refused)
         return restored
+
+    def restore_step(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """As `restore`, of this step. Raises BrokenStep."""
+        self.wait()
+        try:
+            self._check(step)
+            return load_step(self._writer, self._directory / str(step), abstract, step)
+        except BrokenStep as error:
+            logging.warning("%s", error)
+            raise
+
+    def quarantine(self, flaws: Mapping[int, str]) -> None:
+        """Moves these steps to checkpoints/quarantine/; `flaws`: what is wrong with each."""
+        for step, flaw in flaws.items():
+            if self._first:
+                manifest.quarantine(self._directory, step)
+            self._events.append(("quarantined", step, {"reason": flaw}))
+        _agreed("")  # no process goes on before they are moved
 
     def delete_after(self, step: int) -> None:
         """Deletes what was saved after `step`: of a past that the run leaves behind."""
@@ -228,7 +249,7 @@ class Checkpointer:
         self._check(step, ("params", "meta"))
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         params = self._writer.restore(self._directory / str(step), args=args)["params"]
-        _verify({"params": params}, manifest.read_manifest(self._directory / str(step), step), step)
+        verify({"params": params}, manifest.read_manifest(self._directory / str(step), step), step)
         return params
 
     def _flaw(self, step: int, items: tuple[str, ...] = ()) -> str:
@@ -259,37 +280,6 @@ class Checkpointer:
             self._writer.close()
 
 
-def _load(reader: Any, place: epath.Path, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """The state and `data` of the step at `place`. Raises BrokenStep; InputError where the parameters differ."""
-    meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    _same_arrays(meta["params"], describe_arrays(abstract.params))
-    items = {"params": ocp.args.StandardRestore(abstract.params), "optimizer": ocp.args.StandardRestore(abstract.optimizer),
-             "keys": ocp.args.StandardRestore({"root": abstract.key}), "data": ocp.args.JsonRestore()}
-    if abstract.ema is not None:
-        items["averaged"] = ocp.args.StandardRestore(abstract.ema)
-    saved = reader.restore(place, args=ocp.args.Composite(**items))
-    _verify({name: saved[name] for name in items if name != "data"}, manifest.read_manifest(place, step), step)
-    step_array = jax.device_put(jnp.int32(step), abstract.step.sharding)
-    ema = None if abstract.ema is None else saved["averaged"]
-    return TrainState(step_array, saved["params"], saved["optimizer"], saved["keys"]["root"], ema), saved["data"]
-
-
-def load_state(run_at_step: str, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The whole state of another run, `RUN@STEP`, and what was saved as `data`; nothing is moved or changed there.
-
-    Raises:
-      InputError: not RUN@STEP, no such checkpoint, other parameters; BrokenStep: the step isn't what was saved.
-    """
-    run, at, number = run_at_step.rpartition("@")
-    if not at or not number.isdigit():
-        raise InputError("train.branch_from", f"{run_at_step!r} is not RUN@STEP", "e.g. runs/trunk@1000")
-    step = checkpoint_step(run, int(number), "train.branch_from")
-    place = epath.Path(run).absolute() / CHECKPOINTS / number
-    check_step(place, step)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        return _load(reader, place, abstract, step)
-
-
 def _arrays(state: TrainState, averaged: Any) -> dict[str, Any]:
     arrays = {"params": state.params, "optimizer": state.optimizer, "keys": {"root": state.key}}
     return arrays | ({} if averaged is None else {"averaged": averaged})
@@ -315,85 +305,3 @@ def _agreed(words: str) -> str:
     data = np.frombuffer(words.encode()[:1000], np.uint8)
     sent[:len(data)] = data
     return bytes(multihost_utils.broadcast_one_to_all(sent)).rstrip(b"\0").decode(errors="replace")
-
-
-def _verify(arrays: Mapping[str, Any], signed: Mapping[str, Any], step: int) -> None:
-    """Raises BrokenStep, by name, for an array that isn't what was saved."""
-    for path, value in checksums(arrays).items():
-        if path not in signed["arrays"] or signed["arrays"][path] != value:
-            raise BrokenStep(step, f"{path} doesn't have the checksum it was saved with")
-
-
-def _same_arrays(found: Mapping[str, list], wanted: Mapping[str, list]) -> None:
-    for path in wanted:
-        if path not in found:
-            raise InputError("checkpoint", f"has no {path}", "resume with the config it was made with")
-        if found[path] != wanted[path]:
-            raise InputError("checkpoint", f"{path} is {_words(found[path])}, the model wants {_words(wanted[path])}",
-                             "resume with the config it was made with")
-    extra = [path for path in found if path not in wanted]
-    if extra:
-        raise InputError("checkpoint", f"holds {extra[0]}, which the model has not", "resume with the config it was made with")
-
-
-def _words(entry: list) -> str:
-    return f"{entry[1]}{entry[0]}"
-
-
-def checkpoint_step(workdir: str | epath.Path, step: int | None, field: str) -> int:
-    """`step`, else the latest, if `workdir` has a checkpoint of it; InputError names those that it has."""
-    directory = epath.Path(workdir).absolute() / CHECKPOINTS
-    steps = manifest.saved_steps(directory)
-    if not steps or (step is not None and step not in steps):
-        found = ", ".join(map(str, steps)) or "none"
-        raise InputError(field, f"{workdir} has no checkpoint{'' if step is None else f' of step {step}'} (found: {found})",
-                         "train there first, or name another run")
-    return steps[-1] if step is None else step
-
-
-def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: int | None = None, *,
-                field: str = "--workdir") -> tuple[dict, int]:
-    """The parameters alone of a run's checkpoint (the latest by default) and its step; laid out like `abstract` if given.
-
-    Where the run averages (an EMA, schedule-free), they are the averaged ones, in the dtype of the trained.
-
-    Nothing is moved or changed there.
-
-    Raises:
-      InputError: no checkpoint there, or arrays of another shape; BrokenStep, which is one: the step isn't what was saved.
-    """
-    step = checkpoint_step(workdir, step, field)
-    directory = epath.Path(workdir).absolute() / CHECKPOINTS
-    place = directory / str(step)
-    signed = check_step(place, step, items=("params", "averaged", "meta"))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if abstract is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            abstract = unflatten({path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=device)
-                                  for path, (shape, dtype) in meta["params"].items()})
-        else:
-            _same_arrays(meta["params"], describe_arrays(abstract))
-        item = "averaged" if "averaged" in meta else "params"
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})  # casts to the dtype of `abstract`
-        found = reader.restore(place, args=args)[item]
-    if meta[item] == describe_arrays(abstract):  # else the checksums are of the dtype before the cast
-        _verify({item: found}, signed, step)
-    return found, step
-
-
-def initialise_from(workdir: str, params: Any) -> Any:
-    """`params` with those that the run at `workdir` also has (same path and shape) replaced; logs what isn't found there."""
-    found, step = load_params(workdir, field="train.init_from")
-    ours, theirs = flatten(params), flatten(found)
-    taken = {path for path in ours if path in theirs and theirs[path].shape == ours[path].shape}
-    if not taken:
-        raise InputError("train.init_from", f"{workdir} shares no parameter with this model", "choose a run of this family")
-    for path in sorted(set(ours) - taken):
-        why = f"has shape {theirs[path].shape} there" if path in theirs else "isn't there"
-        logging.warning("init_from %s: %s %s; it keeps its fresh values", workdir, path, why)
-    for path in sorted(set(theirs) - set(ours)):
-        logging.warning("init_from %s: %s is not used by this model", workdir, path)
-    logging.info("init_from %s: %d of %d weights of step %d", workdir, len(taken), len(ours), step)
-    return unflatten({path: jax.device_put(theirs[path].astype(x.dtype), x.sharding) if path in taken else x
-                      for path, x in ours.items()})

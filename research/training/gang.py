@@ -17,11 +17,12 @@ the number of processes, not its square):
 - A process whose time a step outside the collectives (data, host) is over twice the others' and costs a quarter of the step is
   a straggler: named, nothing else. A slow chip can't be told this way, as all wait for it inside the step.
 
-Whoever reads a verdict logs it and leaves by os._exit: the main thread may be inside a collective that never returns. Process 0
-writes the ledger's line, process 1 where it is about process 0. JAX's own heartbeat stays, three times as long, for what this
-can't see (native code that holds Python's lock stops the beats, so none is expected while the corpus is prepared, and one in
-twice the time while compiling). Its abort, and the one that follows when the coordinator dies, become 75 through a handler of
-SIGABRT if a process is lost; any other abort stays what it is.
+Whoever reads a verdict logs it and leaves by os._exit: the main thread may be inside a collective that never returns. Process
+0 writes the ledger's line, process 1 where it is about process 0; it waits a little for the webhook, if there is one, to take
+it. JAX's own heartbeat stays, three times as long, for what this can't see (native code that holds Python's lock stops the
+beats, so none is expected while the corpus is prepared, and one in twice the time while compiling). Its abort, and the one
+that follows when the coordinator dies, become 75 through a handler of SIGABRT if a process is lost; any other abort stays what
+it is.
 """
 
 import collections
@@ -48,12 +49,15 @@ from jax._src import distributed  # the coordinator's key-value store has no pub
 
 from research.errors import Diverged, InputError, Interrupted
 from research.schema import EXIT_DONE, EXIT_INTERRUPTED, HEARTBEAT
-from research.training.goodput import Clock
+from research.training.goodput import Clock, Goodput
+from research.training.mirrors import Announced
 from research.training.workdir import Ledger
 
 _SILENT_PHASES = {"initialising": math.inf, "compiling": 2.0}  # heartbeats to wait for a beat; 1 in the others
 _STEPPING = ("training", "repeated")
 _WORKING = (*_STEPPING, "data_wait")
+_LAST_WORDS = 3.0  # seconds at most that a process which leaves waits for the webhook
+_LAST_ACCOUNTS = 0.25  # and for goodput.json: its disk may be what hangs
 _WINDOW = 20  # steps that medians are taken over
 _runs = itertools.count()
 
@@ -149,11 +153,14 @@ def notices(roll: Roll, heartbeat: float) -> dict[str, str]:
 class Gang:
     """This process's place in a job of several; does nothing in a job of one. Use it around the whole of a run.
 
-    `clock` says the phase. `ledger` is set by the run once there is one (on the first process).
+    `clock` says the phase. `ledger` and `goodput` are set by the run once there are any (on the first process).
+    `announced`: told the alarms of a ledger that this process keeps in another's place.
     """
 
-    def __init__(self, clock: Clock, workdir: epath.Path, heartbeat: float = HEARTBEAT):
+    def __init__(self, clock: Clock, workdir: epath.Path, heartbeat: float = HEARTBEAT, announced: Announced | None = None):
         self.ledger: Ledger | None = None
+        self.goodput: Goodput | None = None
+        self._announced = announced or Announced(None, "", "")
         self._clock, self._workdir, self._heartbeat, self._every = clock, workdir, heartbeat, heartbeat / 5
         self._process, self._several = jax.process_index(), jax.process_count() > 1
         self._host, self._step, self._left, self._why = socket.gethostname(), 0, None, ""
@@ -305,7 +312,7 @@ class Gang:
     def _witness(self, verdict: Verdict) -> None:
         """In place of process 0, which keeps the ledger and is the one that is lost."""
         if self._process == 1 and self._workdir.exists():
-            Ledger(self._workdir).write("alarm", self._step, reason=verdict.text)
+            Ledger(self._workdir, self._announced.ledger_line).write("alarm", self._step, reason=verdict.text)
 
     def _note(self, text: str) -> None:
         if self.ledger:
@@ -327,6 +334,9 @@ class Gang:
             self._end(verdict)
 
     def _exit(self, code: int) -> None:
+        self._announced.wait(_LAST_WORDS)
+        if self.goodput:
+            self.goodput.close(_LAST_ACCOUNTS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ from research.training.program import BATCH_FIELDS, make_program
 from research.training.replicas import disagreements
 from research.training.reporting import evaluate_sets, finish, model_utilization, sample_text, saturated, show_prediction
 from research.training.running import Running, learn, roll_back, start_at
-from research.training.session import Launch, Session, evaluated_until
+from research.training.session import Launch, Session, as_first, evaluated_until
 from research.training.workdir import Ledger, Lock, check_config, read_rows, write_config, write_json
 
 
@@ -58,23 +58,19 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
       Diverged: the guard gave up: loss or gradient not finite, or a spike, after every rollback that it was allowed.
       Interrupted: asked to stop (SIGINT, SIGTERM, minutes); all is saved.
     """
-    clock, first = Clock(), jax.process_index() == 0
+    clock, first = Clock(launch.began), jax.process_index() == 0
     workdir, name = epath.Path(launch.workdir).expanduser(), run_name(config, launch.preset)
     if launch.wandb:
         check_wandb()
-    announced = Announced(launch.webhook if first else None, name, launch.workdir)
-    with (announced, clock.measure("initialising"), exit_on_sigterm(), Gang(clock, workdir, launch.heartbeat) as gang,
-          contextlib.ExitStack() as stack, gang.failures()):
+    announced = Announced(launch.webhook, name, launch.workdir, first)
+    with (announced, exit_on_sigterm(),
+          Gang(clock, workdir, launch.heartbeat, announced) as gang, contextlib.ExitStack() as stack, gang.failures()):
         program = make_program(config)
         known = check_config(workdir, config) if workdir.exists() else False
         prediction = read_prediction(launch.prediction) if launch.prediction else None
         if prediction:
             check_target(prediction, config)
         data = pipeline.prepare(config.data, config.model.vocab_size, config.seed, quiet=launch.quiet)
-        if data.tokenizer.vocab_size > config.model.vocab_size:
-            raise InputError("model.vocab_size",
-                             f"{config.model.vocab_size} is below the tokenizer's {data.tokenizer.vocab_size}",
-                             f"set model.vocab_size={data.tokenizer.vocab_size}")
         workdir.mkdir(parents=True, exist_ok=True)
         if first:
             stack.callback(Lock(workdir).release)
@@ -86,22 +82,25 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
             announced.finished(result)
             return result
         goodput = Goodput(workdir, clock, hardware.chip_count(jax.devices()))
+        if first:
+            goodput.start()
+            stack.callback(goodput.close)
+            gang.goodput = goodput
         running = start_at(program, checkpointer, clock)
         start = running.number
         learn(running, config, workdir)
         if first:
             newly = _register(workdir, prediction, start)
             _open_workdir(workdir, config, data, known)
-            stack.callback(goodput.close)
         evaluated = evaluated_until(workdir, start)
         mirror = WandbMirror(launch.wandb, config, name, os.fspath(workdir)) if first and launch.wandb else None
         recorder = Recorder(workdir, start, mirror) if first else None
         if recorder:
             stack.callback(recorder.close)
             recorder.hparams(config, name)
-            recorder.layout([validation.name for validation in config.data.validation])
+            recorder.layout(list(data.validation))
         prediction = stored_prediction(workdir) if first else None
-        ledger = gang.ledger = Ledger(workdir) if first else None
+        ledger = gang.ledger = Ledger(workdir, announced.ledger_line) if first else None
         bar = stack.enter_context(_progress(config, start, launch.quiet))
         session = Session(launch, program, data, workdir, recorder, ledger, checkpointer, clock, goodput,
                           steps.evaluation_step(program.model, config, program.layout), _peak_flops(config), bar,
@@ -114,6 +113,7 @@ def run(config: Config, launch: Launch) -> dict[str, Any]:
         if first and newly:
             session.note("predicted", start, **{name: prediction[name] for name in ("value", "low", "high", "law", "sha256")})
         show_prediction(session, start)
+        stack.push(functools.partial(_note_exit, session, running))
         _train(session, running)
         with clock.measure("saving"):
             result = finish(session, running.state, running.number, running.dispatched)
@@ -144,6 +144,12 @@ def _open_workdir(workdir: epath.Path, config: Config, data: Any, known: bool) -
         data.tokenizer.save(os.fspath(workdir / TOKENIZER))
 
 
+def _note_exit(session: Session, running: Running, kind: type[BaseException] | None, *_: Any) -> None:
+    """SIGTERM outside of the steps (preemption.exit_on_sigterm), where the loop doesn't note it."""
+    if kind is SystemExit:
+        session.note("preempted", running.number, reason="SIGTERM")
+
+
 def _peak_flops(config: Config) -> float | None:
     """Peak FLOP/s of all devices together; measured where they are this host's cores, None if the chip isn't known."""
     device = jax.devices()[0]
@@ -166,18 +172,24 @@ def _progress(config: Config, start: int, quiet: bool) -> tqdm:
 
 def _train(session: Session, running: Running) -> None:
     """All steps that are left, through rollbacks."""
-    if running.number >= session.program.config.train.steps or saturated(session):
+    train, number = session.program.config.train, running.number
+    left = session.checkpointer.latest_step() == number and number not in {step for step, _ in session.evaluated}
+    if _due(train.eval_every, session, number) and as_first(left):  # by a launch that was asked to stop here
+        evaluate_sets(session, session.averaged(running.state), number)
+    if number >= train.steps or saturated(session):
         return
     with session.clock.measure("compiling"):
         logging.info("compiling the step")
         compiled = session.program.compile()
     session.bar.unpause()  # the time left is that of steps, not of the compiler
-    with stop_requests(session.launch.minutes) as requests, session.clock.measure("training"):
-        while alarm := _steps(session, running, compiled, requests.asked):
+    with (stop_requests(session.launch.minutes) as requests, session.clock.measure("training"),
+          _Profile(session.workdir, session.launch.profile_steps) as profile):
+        while alarm := _steps(session, running, compiled, requests.asked, profile):
             roll_back(session, running, alarm)
 
 
-def _steps(session: Session, running: Running, compiled: Any, stop: Callable[[int], str | None]) -> Alarm | None:
+def _steps(session: Session, running: Running, compiled: Any, stop: Callable[[int], str | None],
+           profile: "_Profile") -> Alarm | None:
     """Steps until the run ends, or until something is wrong with one."""
     config, clock, goodput, fault = session.program.config, session.clock, session.goodput, session.launch.fault
     train, place, speed = config.train, functools.partial(put_batch, sharding=session.program.layout.batch()), Speed()
@@ -195,8 +207,8 @@ def _steps(session: Session, running: Running, compiled: Any, stop: Callable[[in
                     if fault:
                         batch = place(fault(number, sample_at((number - 1) * train.batch_size, running.skips), batch))
                 wait = time.monotonic() - began
-                with _profile(session, running.dispatched + 1), jax.transfer_guard("disallow"), session.gang.blocked():
-                    running.state, metrics = compiled(running.state, None, batch)
+                with jax.transfer_guard("disallow"), session.gang.blocked():
+                    running.state, metrics = profile.step(running.dispatched + 1, compiled, running.state, None, batch)
                 alarm = _settle(session, running, speed)  # of the step before
                 running.number, running.pending, running.dispatched = number, (number, metrics), running.dispatched + 1
                 goodput.reached = max(goodput.reached, number)
@@ -223,12 +235,20 @@ def _settle(session: Session, running: Running, speed: Speed) -> Alarm | None:
     return alarm
 
 
+def _due(every: int, session: Session, number: int) -> bool:
+    """Whether what is done `every` so many steps is due after step `number`; the end is another matter."""
+    return bool(every) and 0 < number < session.program.config.train.steps and number % every == 0
+
+
 def _between_steps(session: Session, running: Running, speed: Speed, stop: str | None) -> Alarm | None:
-    """What is due after a step: evaluation, sample, checkpoint, the end; an alarm instead if the step was bad."""
+    """What is due after a step: evaluation, sample, checkpoint, the end; an alarm instead if the step was bad.
+
+    A run that is asked to stop saves and leaves its evaluation to the next launch: there may be half a minute for all of it.
+    """
     config, number = session.program.config, running.number
     train, inside = config.train, number < config.train.steps
-    evaluates = train.eval_every and number % train.eval_every == 0 and inside
-    samples = train.sample_every and number % train.sample_every == 0 and inside
+    evaluates = _due(train.eval_every, session, number) and not stop
+    samples = _due(train.sample_every, session, number) and not stop
     saves = _save_due(config, number, running.saved_at) or stop or not inside
     if not (evaluates or samples or saves):
         return None
@@ -260,16 +280,40 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) 
     return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in BATCH_FIELDS}
 
 
-@contextlib.contextmanager
-def _profile(session: Session, done: int) -> Iterator[None]:
-    """Traces `--profile_steps` steps, from the third on, for TensorBoard's profile tab."""
-    count, begin = session.launch.profile_steps, 3
-    if count and done == begin:
-        jax.profiler.start_trace(os.fspath(session.workdir))
-    with jax.profiler.StepTraceAnnotation("train", step_num=done):  # what the profile tab counts as a step
-        yield
-    if count and done == begin + count - 1:
+class _Profile:
+    """Traces `count` steps of a launch, from the third on, for TensorBoard's profile tab; however it ends, the trace does."""
+
+    FIRST = 3
+
+    def __init__(self, workdir: epath.Path, count: int):
+        self._workdir, self._count, self._traced, self._tracing = workdir, count, 0, False
+
+    def step(self, number: int, compiled: Callable[..., Any], *args: Any) -> Any:
+        """Dispatches step `number` of the launch; waits for the last that is traced, or its work would not be in the trace."""
+        if self._count and number == self.FIRST:
+            jax.profiler.start_trace(os.fspath(self._workdir))
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):  # what the profile tab counts as a step
+            results = compiled(*args)
+        self._traced += self._tracing
+        if self._tracing and self._traced == self._count:
+            jax.block_until_ready(results)
+            self._stop()
+        return results
+
+    def _stop(self) -> None:
+        self._tracing = False
         jax.profiler.stop_trace()
+
+    def __enter__(self) -> "_Profile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._traced < self._count:
+            logging.warning("--profile_steps=%d: only %d were traced, as this launch ended; the first is its step %d",
+                            self._count, self._traced, self.FIRST)
+        if self._tracing:
+            self._stop()
 
 
 def _save_due(config: Config, number: int, saved_at: float) -> bool:
@@ -294,7 +338,6 @@ def _report(session: Session, speed: Speed, number: int, values: Mapping[str, fl
     if session.recorder:
         session.recorder.row(number, row)
         if session.goodput.due():
-            session.goodput.write()
             for name, share in session.goodput.shares().items():
                 session.recorder.scalar(number, f"goodput/{name}", share)
     loss = values["loss"] if "loss" in values else values["objective"]

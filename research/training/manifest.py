@@ -15,7 +15,7 @@ from etils import epath
 
 from research.errors import InputError
 from research.schema import QUARANTINE, SCHEMA_VERSION
-from research.training.workdir import is_remote, write_text
+from research.training.workdir import is_remote, sync, write_text
 
 MANIFEST = "manifest.json"
 LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax completes these as it commits the step, so they are listed last
@@ -49,6 +49,7 @@ def complete_manifest(directory: epath.Path, step: int) -> None:
     manifest = read_manifest(directory, step)
     late = {name: _describe(directory / name) for name in LATE if (directory / name).exists()}
     _write(directory, {**manifest, "files": manifest["files"] | late})
+    sync(directory / MANIFEST, directory, directory.parent)  # before older steps go
 
 
 def read_manifest(directory: epath.Path, step: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from typing import Any, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from tensorboardX.summary import hparams
 
 from research.config import difference, flatten
 from research.schema import METRICS_PREFIX, Config
-from research.training.workdir import Parts, PatientFile, is_remote, truncate_rows
+from research.training.workdir import Parts, PatientFile, is_remote, read_rows, truncate_rows
 
 # Columns of a metrics row -> TensorBoard tag; what isn't here keeps its name.
 TAGS = {"loss": "train/loss", "loss_se": "train/loss_se", "accuracy": "train/accuracy", "objective": "train/objective",
@@ -23,6 +24,8 @@ TAGS = {"loss": "train/loss", "loss_se": "train/loss_se", "accuracy": "train/acc
         "device_bytes": "memory/device_bytes", "tokens": "progress/tokens", "flops": "progress/flops",
         "samples": "progress/samples", "weight": "train/counted_tokens"}
 NORMS = {"grad_norm/": "norms_by_stage/grad/", "param_norm/": "norms_by_stage/param/", "update_norm/": "norms_by_stage/update/"}
+
+COMPARED = ("train/loss", "train/final_eval_loss", "train/bits_per_byte")  # the metrics of the hparams tab, by tag
 
 
 def run_name(config: Config, preset: Config) -> str:
@@ -74,12 +77,18 @@ class Recorder:
         self._parts = Parts(self._workdir, METRICS_PREFIX)
         for event in (Event(file_version="brain.Event:2"), Event(session_log=SessionLog(status=SessionLog.START))):
             self._board.file_writer.add_event(event, step + 1)
+        for row in read_rows(self._workdir, METRICS_PREFIX):  # their points went, too, where tokens or FLOPs are after `step`
+            self._by_cost(row, after=step)
 
     def hparams(self, config: Config, name: str, final: Mapping[str, float] | None = None) -> None:
-        """The run's settings for TensorBoard's hparams tab, under `name`, with the final metrics once there are some."""
+        """The run's settings for TensorBoard's hparams tab, under `name`; with the final metrics, that it has ended.
+
+        TensorBoard keeps the first it reads of each of the three, and takes the columns from any one run of those it shows:
+        so every run declares the same metrics, from its start.
+        """
         settings = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(config).items()}
-        metrics = final if final is not None else {"train/loss": math.nan}
-        for summary in hparams({"run": name, **settings}, dict(metrics)):
+        columns, start, end = hparams({"run": name, **settings}, dict.fromkeys(COMPARED))
+        for summary in (columns, start) if final is None else (end,):
             self._board.file_writer.add_summary(summary)
         if final is None:
             lines = "\n".join(f"    {key} = {value}" for key, value in settings.items())
@@ -87,11 +96,12 @@ class Recorder:
 
     def layout(self, sets: Sequence[str]) -> None:
         """TensorBoard's custom scalars: the charts to look at first, training beside evaluation."""
-        losses = ["train/loss$", *(f"eval_{name}/loss$" for name in sets)]
+        names = [re.escape(name) for name in sets]
+        losses = ["train/loss$", *(f"eval_{name}/loss$" for name in names)]
         self._board.add_custom_scalars({
             "loss": {"train and held out": ["Multiline", losses],
                      "held out and predicted": ["Multiline", [*losses[1:2], "prediction/"]],
-                     "by position": ["Multiline", [f"eval_{sets[0]}/by_position/"] if sets else ["train/loss$"]]},
+                     "by position": ["Multiline", [f"eval_{names[0]}/by_position/"] if names else ["train/loss$"]]},
             "speed": {"tokens a second": ["Multiline", ["speed/tokens_per_second$"]], "MFU": ["Multiline", ["speed/mfu$"]],
                       "seconds a step": ["Multiline", ["speed/step_seconds_p50$", "speed/step_seconds_p95$"]],
                       "share of time waiting for data": ["Multiline", ["speed/data_wait_share$"]]},
@@ -100,7 +110,7 @@ class Recorder:
                       "updates": ["Multiline", ["norms/update$", "norms_by_stage/update/"]]}})
 
     def row(self, step: int, row: Mapping[str, Any]) -> None:
-        """A training row: JSON, and scalars against steps, the loss also against tokens and petaFLOPs."""
+        """A training row: JSON, and scalars against steps, the loss also against tokens and gigaFLOPs."""
         clean = {key: finite(value) for key, value in row.items()}
         self._parts.write({"step": step, **clean})
         tagged = {tag_of(key): value for key, value in clean.items() if isinstance(value, (int, float))}
@@ -108,9 +118,15 @@ class Recorder:
             self._board.add_scalar(tag, value, step)
         if self._mirror:
             self._mirror.row(step, tagged)
-        if isinstance(clean["loss"], float):
-            self._board.add_scalar("train/loss_by_tokens", clean["loss"], row["tokens"])
-            self._board.add_scalar("train/loss_by_petaflops", clean["loss"], int(row["flops"] / 1e15))
+        self._by_cost(clean)
+
+    def _by_cost(self, row: Mapping[str, Any], after: int = -1) -> None:
+        """The loss of a training row against tokens and gigaFLOPs (whole numbers, as an axis has), where above `after`."""
+        if "flops" not in row or not isinstance(row["loss"], float):
+            return
+        for unit, spent in (("tokens", row["tokens"]), ("gigaflops", int(row["flops"] / 1e9))):
+            if spent > after:
+                self._board.add_scalar(f"train/loss_by_{unit}", row["loss"], spent)
 
     def evaluation(self, step: int, name: str, result: Mapping[str, float], by_position: Mapping[str, float]) -> None:
         """An evaluation of the set `name`: `result` of perplexity.summarise, and the loss in position buckets."""

@@ -7,13 +7,12 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from research import hardware
 from research.data.loader import evaluation_batches
 from research.decoding.engine import Engine
 from research.decoding.sampling import Sampling
-from research.errors import InputError
+from research.errors import InputError, Interrupted
 from research.evaluation.perplexity import Evaluation, evaluate, flat_evaluations
 from research.params import params_sha256
 from research.scaling.prediction import score
@@ -21,7 +20,7 @@ from research.schema import SCHEMA_VERSION, evaluation_file
 from research.training.averaging import averaged_steps, mean_of
 from research.training.metrics import finite, run_name
 from research.training.program import BATCH_FIELDS
-from research.training.session import Session
+from research.training.session import Session, as_first
 from research.training.state import TrainState
 from research.training.workdir import write_result, write_text
 
@@ -40,10 +39,10 @@ def evaluate_sets(session: Session, params: Any, number: int, suffix: str = "") 
                 for name in BATCH_FIELDS}
 
     with session.clock.measure("evaluating"):
-        for validation in config.data.validation:
-            batches = evaluation_batches(session.data.validation[validation.name], rows, validation.max_rows)
+        for name, set_rows in session.data.validation.items():
+            batches = evaluation_batches(set_rows, rows)
             evaluation = evaluate(session.nll, params, batches, put, session.data.tokenizer.token_bytes_V)
-            name, result = validation.name + suffix, evaluation.summary
+            name, result = name + suffix, evaluation.summary
             results[name] = evaluation
             if session.recorder and (number, name) not in session.evaluated:
                 session.recorder.evaluation(number, name, result, evaluation.loss_by_position)
@@ -99,14 +98,15 @@ def saturated(session: Session) -> bool:
         return False
     first = config.data.validation[0].name
     history = [figures for (_, name), figures in sorted(session.evaluated.items()) if name == first]
-    flat = flat_evaluations(*zip(*history)) if history else 0
-    if jax.process_count() > 1:  # only the first process is sure to have read what an earlier launch recorded
-        flat = int(multihost_utils.broadcast_one_to_all(np.int32(flat)))
-    return flat >= config.train.stop_after_flat
+    return as_first(flat_evaluations(*zip(*history)) if history else 0) >= config.train.stop_after_flat
 
 
 def finish(session: Session, state: TrainState, steps_done: int, trained: int) -> dict[str, Any]:
-    """The last evaluation, the sample, and result.json, written last. `trained`: steps of this launch."""
+    """The last evaluation, the sample, and result.json, written last. `trained`: steps of this launch.
+
+    Raises:
+      Interrupted: the disk had no room for the last step.
+    """
     config, program, clock = session.program.config, session.program, session.clock
     status = "finished" if steps_done == config.train.steps else "saturated"
     session.bar.close()
@@ -115,6 +115,9 @@ def finish(session: Session, state: TrainState, steps_done: int, trained: int) -
     with clock.measure("saving"):
         session.checkpointer.wait()
     session.note_checkpoints()
+    if (last := session.checkpointer.latest_step()) != steps_done:
+        raise Interrupted(f"the disk is full: the last step, {steps_done}, isn't saved; make room, and the same command goes "
+                          f"on from {'the start' if last is None else f'step {last}'}")
     if config.train.average:
         measured |= evaluate_sets(session, _average(session), steps_done, "/average")
     evaluations = {name: evaluation.summary for name, evaluation in measured.items()}
@@ -129,7 +132,9 @@ def finish(session: Session, state: TrainState, steps_done: int, trained: int) -
         "tokens_per_second": here, "mfu": model_utilization(session, here),
         "goodput": {name: round(value, 3) for name, value in session.goodput.seconds().items()},
         "chip_seconds": session.goodput.chip_seconds(), **hardware_costs(session.goodput.chip_seconds()),
-        "corpus_sha256": session.data.corpus_hash, "params_sha256": params_sha256(state.params), "sample": text,
+        "corpus_sha256": session.data.corpus_hash,
+        "validation_sha256": {name: evaluation.sha256 for name, evaluation in measured.items()},
+        "params_sha256": params_sha256(state.params), "sample": text,
         "prediction": score(session.prediction, first["loss"] if first else None) if session.prediction else None,
     }
     if session.recorder:

@@ -12,10 +12,12 @@ from research.data.loader import documents_between
 from research.data.mixture import Skips, sample_at, with_skip
 from research.errors import Diverged, InputError
 from research.schema import LEDGER_PREFIX, Config
-from research.training.checkpoint import Checkpointer, initialise_from, load_state
+from research.training.checkpoint import Checkpointer
 from research.training.goodput import Clock
 from research.training.guard import Alarm, Guard, Rollback, decide, rollbacks_of, story
+from research.training.manifest import BrokenStep
 from research.training.program import Program
+from research.training.restore import initialise_from, load_state
 from research.training.session import Session
 from research.training.state import TrainState, init_state, restart_from
 from research.training.workdir import read_rows
@@ -45,14 +47,16 @@ class Running:
                 "guard": self.guard.saved()}
 
 
-def start_at(program: Program, checkpointer: Checkpointer, clock: Clock) -> Running:
-    """As it was at the newest good checkpoint; where none is saved, as `train.branch_from` is, or fresh (with the weights of
-    `train.init_from`)."""
+def start_at(program: Program, checkpointer: Checkpointer, clock: Clock, step: int | None = None) -> Running:
+    """As it was at the newest good checkpoint, or at that of `step` (which raises BrokenStep); where none is saved, and at step
+    0, as `train.branch_from` is, or fresh (with the weights of `train.init_from`)."""
     config = program.config
-    if checkpointer.saved_steps() or config.train.branch_from:
+    saved = checkpointer.saved_steps() if step is None else step
+    if saved or config.train.branch_from:
         with clock.measure("restoring"):
-            state, data = (checkpointer.restore(program.abstract) if checkpointer.saved_steps() else
-                           load_state(config.train.branch_from, program.abstract))
+            state, data = (load_state(config.train.branch_from, program.abstract) if not saved else
+                           checkpointer.restore(program.abstract) if step is None else
+                           checkpointer.restore_step(program.abstract, step))
         number, skips = int(jax.device_get(state.step)), tuple(map(tuple, data["skips"]))
         if data["sample"] != sample_at(number * config.train.batch_size, skips):
             raise InputError("train.batch_size", f"the checkpoint is at sample {data['sample']} of step {number}",
@@ -76,7 +80,8 @@ def learn(running: Running, config: Config, workdir: epath.Path) -> None:
 
 
 def roll_back(session: Session, running: Running, alarm: Alarm) -> None:
-    """Puts the run back to before the alarm, as the guard decides: state, data, records. What was saved since is deleted.
+    """Puts the run back to before the alarm, as the guard decides: state, data, records. What was saved since is deleted, once
+    the step to go back to was found good; the guard decides again without one that isn't.
 
     Killed in here, a run still ends the same: the ledger has what is skipped before the first step without it.
 
@@ -86,7 +91,16 @@ def roll_back(session: Session, running: Running, alarm: Alarm) -> None:
     config, checkpointer = session.program.config, session.checkpointer
     with session.clock.measure("saving"):
         checkpointer.wait()
-    rollback = decide(config.guard, running.history, alarm, checkpointer.saved_steps())
+    running.state = running.pending = None  # its memory, before another one comes
+    kept = checkpointer.saved_steps()
+    while rollback := decide(config.guard, running.history, alarm, kept):
+        try:
+            restored = start_at(session.program, checkpointer, session.clock, rollback.to)
+            break
+        except BrokenStep as error:
+            checkpointer.quarantine({error.step: error.flaw})
+            kept.remove(error.step)
+    session.note_checkpoints()
     if rollback is None:
         text = story(running.history, alarm)
         checkpointer.delete_after(alarm.first - 1)
@@ -104,8 +118,6 @@ def roll_back(session: Session, running: Running, alarm: Alarm) -> None:
                 documents = documents_between(session.data.train, session.data.weights, config.seed, begin, end)
                 session.note("skipped", rollback.to, samples=[begin, end], documents=documents)
         session.note("rolled_back", rollback.to, **rollback.details())
-        running.state = running.pending = None  # its memory, before another one comes
-        restored = start_at(session.program, checkpointer, session.clock)
     session.bar.update(restored.number - running.number)
     running.state, running.number, running.guard = restored.state, restored.number, restored.guard
     running.saved_at = restored.saved_at

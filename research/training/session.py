@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any, Callable, Mapping
 
+import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from research.errors import Interrupted
 from research.scaling.prediction import Prediction
@@ -21,8 +23,9 @@ from research.training.workdir import Ledger, read_rows
 class Launch:
     """How a run is started, apart from its config. `minutes`: stop cleanly after so long, to go on with the next call.
 
-    `webhook`: an address that is told the end of the run; `wandb`: a Weights & Biases project to mirror it in;
-    `heartbeat`: seconds without a sign of life after which another process of the job is lost (gang.py). `fault`: for
+    `webhook`: an address that is told alarms and the end of the run; `wandb`: a Weights & Biases project to mirror it in;
+    `heartbeat`: seconds without a sign of life after which another process of the job is lost (gang.py). `began`: when the
+    launch did, by time.monotonic(), where more than the call of `run` belongs to it (goodput.py). `fault`: for
     tests and tools.chaos: (step, number of its first sample, this process's batch) -> the batch that is trained on instead;
     called once for each step that is dispatched, so a passing fault goes by the call, one of the data by the sample.
     """
@@ -36,6 +39,7 @@ class Launch:
     webhook: str | None = None
     wandb: str | None = None
     heartbeat: float = HEARTBEAT
+    began: float | None = None
     fault: Callable[[int, int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] | None = None
 
 
@@ -74,6 +78,11 @@ class Session:
         # One process alone can't stop the others here: they notice that it has gone.
         if any(event == "alarm" for event, _, _ in events) and self.program.config.checkpoint.on_full == "stop":
             raise Interrupted("the disk is full; make room, and the same command goes on from the last checkpoint")
+
+
+def as_first(value: int) -> int:
+    """The first process's value, on all: what lies in the workdir only it is sure to have read."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def evaluated_until(workdir: epath.Path, step: int) -> dict[tuple[int, str], tuple[float, float]]:

@@ -1,5 +1,6 @@
 """The run directory: one job at a time, the resolved config, the ledger, the result."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -7,8 +8,9 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 from etils import epath
@@ -128,6 +130,20 @@ def write_text(path: epath.Path, text: str) -> None:
     beside.rename(path) if is_remote(path) else os.replace(beside, path)
 
 
+def sync(*paths: epath.Path) -> None:
+    """Files and directories to the disk itself, so that they outlast the machine's power; object stores do so by themselves."""
+    for path in paths:
+        if not is_remote(path):
+            number = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(number)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that has no such thing
+                    raise
+            finally:
+                os.close(number)
+
+
 def write_config(workdir: epath.Path, config: Config, corpus_hash: str) -> None:
     write_json(workdir / CONFIG_FILE, {"schema": SCHEMA_VERSION, "config": to_json(config), **provenance(corpus_hash)})
 
@@ -144,10 +160,15 @@ class Parts:
         numbers = [int(p.name[len(prefix):-len(".jsonl")]) for p in paths(workdir, prefix)]
         self._path = workdir / f"{prefix}{max(numbers, default=-1) + 1:04d}.jsonl"
         self._lines: list[str] = []
+        self._lock = threading.Lock()  # the watching thread of a job of several (gang.py) writes, too
 
     def write(self, row: Mapping[str, Any]) -> None:
         """While the disk is full, rows wait in memory for one that can be written."""
-        self._lines.append(json.dumps(row, allow_nan=False) + "\n")
+        with self._lock:
+            self._lines.append(json.dumps(row, allow_nan=False) + "\n")
+            self._flush()
+
+    def _flush(self) -> None:
         if is_remote(self._path):
             self._path.write_text("".join(self._lines))
             return
@@ -221,12 +242,14 @@ def truncate_rows(workdir: epath.Path, prefix: str, step: int) -> None:
 
 
 class Ledger:
-    """What happened to the run, in order: {time, event, step, ...}."""
+    """What happened to the run, in order: {time, event, step, ...}. `heard` is told every line, too: (event, step, details)."""
 
-    def __init__(self, workdir: epath.Path):
-        self._parts = Parts(workdir, LEDGER_PREFIX)
+    def __init__(self, workdir: epath.Path, heard: Callable[[str, int, Mapping[str, Any]], None] | None = None):
+        self._parts, self._heard = Parts(workdir, LEDGER_PREFIX), heard
 
     def write(self, event: str, step: int, **details: Any) -> None:
         if event not in LEDGER_EVENTS:
             raise ValueError(f"unknown ledger event {event!r}")
+        if self._heard:  # first: the disk may be what is wrong
+            self._heard(event, step, details)
         self._parts.write({"time": time.time(), "event": event, "step": step, **details})

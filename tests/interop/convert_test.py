@@ -12,7 +12,7 @@ import pytest
 from research.data.tokenizer import load_tokenizer
 from research.interop.huggingface import export_model, import_model
 from research.schema import EXIT_BAD_INPUT
-from research.training.checkpoint import load_params
+from research.training.restore import load_params
 from tests.interop.bad_input_test import save, tensors
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

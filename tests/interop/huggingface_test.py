@@ -12,7 +12,7 @@ from research.decoding.sampling import Sampling
 from research.interop.families import FAMILIES
 from research.interop.huggingface import _plain, export_model, import_model
 from research.models.lm import LanguageModel
-from research.training.checkpoint import load_params
+from research.training.restore import load_params
 from research.training.workdir import read_config
 from tests.interop.models import MODELS, make, our_logits, their_logits, tokens
 

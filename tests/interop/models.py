@@ -12,7 +12,7 @@ import pytest
 from kernels.cross_entropy import logits
 from research.models.context import one_document
 from research.models.lm import LanguageModel
-from research.training.checkpoint import load_params
+from research.training.restore import load_params
 from research.training.workdir import read_config
 
 VOCAB = 61

@@ -19,10 +19,11 @@ from research.params import flatten, params_sha256
 from research.schema import CheckpointConfig, Stage
 from research.training import loop, reporting
 from research.training.averaging import averaged_steps, due_steps, evaluation_params, mean_of, update_ema
-from research.training.checkpoint import Checkpointer, load_params, steps_to_delete
+from research.training.checkpoint import Checkpointer, steps_to_delete
 from research.training.loop import Launch, run
 from research.training.optimizers import OPTIMIZERS
 from research.training.program import make_program
+from research.training.restore import load_params
 from research.training.state import init_state, restart_from
 from research.training.workdir import read_rows
 from tests.training.common import one_device, random_batch, small
@@ -185,7 +186,7 @@ def test_what_is_evaluated_is_what_is_exported(averaged, monkeypatch):
     program, state = restored(config, workdir)
     assert params_sha256(seen[0]) == params_sha256(state.ema)
     with Checkpointer(epath.Path(workdir), config.checkpoint, config.train.average) as checkpointer:
-        saved = [flatten(checkpointer.restore(program.abstract, step)[0].params) for step in (8, 12, 14)]
+        saved = [flatten(checkpointer.restore_step(program.abstract, step)[0].params) for step in (8, 12, 14)]
     for path, value in flatten(seen[1]).items():
         np.testing.assert_allclose(value, np.mean([np.float64(p[path]) for p in saved], axis=0), atol=1e-6, err_msg=path)
 

@@ -1,10 +1,12 @@
 """A step that isn't what was saved is refused by name, whatever happened to whichever file; the newest good one is used."""
 
 import collections
+import errno
 import os
 import resource
 import shutil
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from research.errors import InputError
+from research.errors import InputError, Interrupted
 from research.params import params_sha256
 from research.schema import CheckpointConfig
-from research.training import manifest
-from research.training.checkpoint import Checkpointer, load_params, steps_to_delete
+from research.training import checkpoint, manifest
+from research.training.checkpoint import Checkpointer, steps_to_delete
 from research.training.manifest import LATE, MANIFEST, BrokenStep, check_step
+from research.training.restore import load_params
 from research.training.state import init_state
 from tests.training.common import one_device, small
 
@@ -173,17 +176,22 @@ def test_several_broken_steps(program, copied):
 
 
 def test_back_to_an_earlier_step(program, copied):
-    """`step` is the newest that will do; what was saved since is deleted when that is asked for."""
+    """That step or none; what was saved since is deleted when that is asked for."""
     run, digests = copied
     delete(any_file(run / "checkpoints" / "8", "meta"))
     with Checkpointer(epath.Path(run), KEEP) as checkpointer:
         assert checkpointer.good_steps() == [4, 12]
-        assert params_sha256(checkpointer.restore(program.abstract, 8)[0].params) == digests[4]
+        with pytest.raises(BrokenStep) as caught:
+            checkpointer.restore_step(program.abstract, 8)
+        assert checkpointer.saved_steps() == [4, 8, 12] and checkpointer.events() == []
+        checkpointer.quarantine({8: caught.value.flaw})
         assert checkpointer.saved_steps() == [4, 12] and [event[:2] for event in checkpointer.events()] == [("quarantined", 8)]
+        assert params_sha256(checkpointer.restore_step(program.abstract, 4)[0].params) == digests[4]
         checkpointer.delete_after(4)
         assert checkpointer.saved_steps() == [4]
+        checkpointer.delete_after(0)
         with pytest.raises(InputError, match="no step in .* is good: there is none"):
-            checkpointer.restore(program.abstract, 3)
+            checkpointer.restore(program.abstract)
 
 
 def test_with_none_good_nothing_is_moved_and_one_line_says_so(program, copied):
@@ -298,6 +306,22 @@ def test_a_full_disk_loses_the_step_that_was_being_written_alone(program, tmp_pa
         checkpointer.save(state_at(program, 3), {"sample": 3})
         checkpointer.wait()
         assert checkpointer.saved_steps() == [3] == [s for e, s, _ in checkpointer.events() if e == "saved"]
+
+
+def test_a_full_disk_ends_a_job_of_several(program, tmp_path, monkeypatch):
+    """Without room for all arrays nothing is begun; where it fills up all the same, this process leaves."""
+    with Checkpointer(epath.Path(tmp_path), KEEP) as checkpointer, monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(checkpoint, "_agreed", lambda words: words)
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1000))
+        checkpointer.save(state_at(program, 4), {"sample": 4})
+        [(event, step, details)] = checkpointer.events()
+        assert (event, step) == ("alarm", 4) and "step 4 isn't saved, nothing is the last" in details["reason"]
+        assert not list((tmp_path / "checkpoints").iterdir())
+        with pytest.raises(Interrupted, match="the disk is full"):
+            checkpointer._give_up(4, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(OSError, match="Input/output"):
+            checkpointer._give_up(4, OSError(errno.EIO, "Input/output error"))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from research.errors import InputError
-from research.training import checkpoint
+from research.training import restore
 from research.training.checkpoint import Checkpointer
 from research.training.checksums import checksums
 from research.training.program import make_program
@@ -50,7 +50,7 @@ def test_an_array_that_changed_is_refused_by_name(tmp_path, item):
     """The values are changed under a checksum that was true when they were saved."""
     program = one_device(small())
     state = init_state(program.model.init, program.optimizer, program.layout, 0)
-    honest = checkpoint.checksums
+    honest = restore.checksums
     with Checkpointer(epath.Path(tmp_path), program.config.checkpoint) as checkpointer:
         checkpointer.save(state, {"sample": 0})
         checkpointer.wait()
@@ -64,6 +64,6 @@ def test_an_array_that_changed_is_refused_by_name(tmp_path, item):
             return honest(jax.tree_util.tree_map_with_path(flip, trees))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "checksums", flipped)
+            patch.setattr(restore, "checksums", flipped)
             with pytest.raises(InputError, match=rf"no step in .* is good: step 0, {item}/.*gated_mlp_1/up doesn't have"):
                 checkpointer.restore(program.abstract)

@@ -16,6 +16,7 @@ from research.errors import Interrupted
 from research.training.checkpoint import Checkpointer
 from research.training.loop import Launch, run
 from research.training.workdir import Parts, PatientFile, read_rows
+from tests.training.common import Job
 
 STEPS = 14
 
@@ -89,6 +90,45 @@ def test_a_run_survives_a_full_disk(undisturbed, disk, monkeypatch, on_full):
         assert shown == list(range(1, STEPS + 1))
     else:  # what the first launch still had in memory found no room as it ended
         assert shown == list(range(5, STEPS + 1))
+
+
+def test_without_room_for_the_last_step_no_run_has_finished(undisturbed, disk, monkeypatch):
+    config, result = undisturbed
+    save = Checkpointer.save
+
+    def filling(self, state, *rest):
+        if int(state.step) == STEPS:
+            self.wait()
+            fill(disk)
+        save(self, state, *rest)
+
+    monkeypatch.setattr(Checkpointer, "save", filling)
+    with pytest.raises(Interrupted, match=f"the last step, {STEPS}, isn't saved; .* goes on from step 12"):
+        launch(config, disk / "run")
+    (disk / "filler").unlink()
+    assert not (disk / "run" / "result.json").exists()
+    monkeypatch.setattr(Checkpointer, "save", save)
+    assert launch(config, disk / "run")["params_sha256"] == result["params_sha256"]
+
+
+@pytest.mark.slow
+def test_a_job_of_several_goes_on_without_the_save(disk, tmp_path):
+    """Two processes find the disk full before they begin; with room again they save, and end with the bits of a quiet job."""
+    settings = "train.steps=400", "checkpoint.every_steps=40", "checkpoint.keep_last=1"
+    job, quiet = Job(tmp_path, *settings), Job(tmp_path, *settings, name="quiet")
+    job.workdir = disk / "run"
+    processes = job.start(processes=2)
+    job.wait_for(processes, "checkpoints/40")
+    fill(disk)
+    seen = ""
+    for line in processes[0].stderr:
+        seen += line
+        if "the disk is full: step" in line and (disk / "filler").exists():
+            (disk / "filler").unlink()
+    assert [process.wait(200) for process in processes] == [0, 0], seen[-3000:]
+    assert [process.wait(200) for process in quiet.start(processes=2)] == [0, 0]
+    ended, expected = (json.loads((workdir / "result.json").read_text()) for workdir in (job.workdir, quiet.workdir))
+    assert "isn't saved" in seen and ended["params_sha256"] == expected["params_sha256"]
 
 
 def test_rows_and_events_wait_for_room(disk):

@@ -13,10 +13,14 @@ import pytest
 from etils import epath
 from jax.experimental import multihost_utils
 
+from configs import preset
+from research.config import override
 from research.schema import EXIT_INTERRUPTED
 from research.training import preemption
+from research.training.loop import Launch, run
 from research.training.manifest import check_step, saved_steps
 from research.training.preemption import exit_on_sigterm, stop_requests
+from research.training.program import Program
 from research.training.workdir import read_rows
 from tests.training.common import Job
 
@@ -113,6 +117,16 @@ def test_sigterm_before_it_trains(tmp_path):
     assert stop(job, processes) < GRACE
 
 
+def test_sigterm_while_it_compiles_is_in_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(Program, "compile", lambda _: signal.raise_signal(signal.SIGTERM))
+    config = override(preset("debug"), {"data.cache_dir": str(tmp_path), "model.dim": 16})
+    with pytest.raises(SystemExit) as ended:
+        run(config, Launch(str(tmp_path / "run"), preset("debug"), quiet=True))
+    assert ended.value.code == EXIT_INTERRUPTED
+    last = read_rows(tmp_path / "run", "ledger-")[-1]
+    assert (last["event"], last["step"], last["reason"]) == ("preempted", 0, "SIGTERM")
+
+
 COUNTING = """
 import collections, runpy, sys, jax
 seen = collections.Counter()
@@ -128,7 +142,7 @@ finally:
 @pytest.mark.slow
 def test_a_restart_compiles_nothing_again(tmp_path):
     """The cache lies in the run directory: the second launch could be on another machine. What only a restart does
-    (restoring) is compiled by the first one."""
+    (restoring: two programs at most) the first one compiles, and no later one."""
     job, counts = Job(tmp_path, "train.steps=1000", "checkpoint.every_steps=100"), []
     environment = job.environment(0, 1) | {"HOME": str(tmp_path)}
     del environment["RUNG_CACHE"]

@@ -17,8 +17,9 @@ from research.config import override
 from research.errors import InputError, Interrupted
 from research.params import flatten, params_sha256
 from research.schema import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from research.training.checkpoint import Checkpointer, load_params
+from research.training.checkpoint import Checkpointer
 from research.training.loop import Launch, run
+from research.training.restore import load_params
 from research.training.state import init_state
 from research.training.workdir import read_config, read_rows
 from tests.training.common import one_device, random_batch
@@ -56,6 +57,10 @@ def undisturbed(cache, tmp_path_factory):
 
 def steps_of(workdir) -> list[int]:
     return [row["step"] for row in read_rows(workdir, "metrics-") if "set" not in row]
+
+
+def evaluations(workdir) -> list[dict]:
+    return [row for row in read_rows(workdir, "metrics-") if "set" in row]
 
 
 def test_the_run_directory_is_that_of_the_interfaces(undisturbed):
@@ -98,7 +103,7 @@ def test_stopped_at_any_step_and_resumed(undisturbed, tmp_path, monkeypatch, sto
     """A stop request after step `stop_at`, whichever side of a checkpoint or an evaluation that is."""
     from research.training import loop
 
-    _, config, result = undisturbed
+    quiet, config, result = undisturbed
     report = loop._report
 
     def stopping(session, speed, number, metrics):
@@ -110,10 +115,13 @@ def test_stopped_at_any_step_and_resumed(undisturbed, tmp_path, monkeypatch, sto
     with pytest.raises(Interrupted, match="the same command goes on"):
         run(config, Launch(str(tmp_path), preset("debug"), quiet=True))
     assert not (tmp_path / "result.json").exists()
+    last = read_rows(tmp_path, "ledger-")[-1]
+    assert last["event"] == "preempted" and last["step"] not in [row["step"] for row in evaluations(tmp_path)]  # no time for it
     monkeypatch.setattr(loop, "_report", report)
     assert run(config, Launch(str(tmp_path), preset("debug"), quiet=True))["params_sha256"] == result["params_sha256"]
     assert steps_of(tmp_path) == list(range(1, STEPS + 1))
     assert {"started", "preempted", "resumed", "finished"} <= {r["event"] for r in read_rows(tmp_path, "ledger-")}
+    assert evaluations(tmp_path) == evaluations(quiet)
 
 
 def test_killed_and_resumed(undisturbed, cache, tmp_path):
@@ -197,5 +205,5 @@ def test_the_saved_state_is_the_state_though_it_was_donated(tmp_path, cache):
             checkpointer.save(state, {"sample": number})
         checkpointer.wait()
         for number, digest in digests.items():
-            restored, data = checkpointer.restore(program.abstract, number)
+            restored, data = checkpointer.restore_step(program.abstract, number)
             assert params_sha256(restored.params) == digest and data == {"sample": number}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 
 import numpy as np
 import pytest
@@ -122,6 +123,36 @@ def test_a_passing_fault_leaves_no_trace(undisturbed, config, tmp_path, make, st
     assert ended["goodput"]["repeated"] > 0 and ended["goodput"]["restoring"] > 0
     saved = [row["step"] for row in events(tmp_path, "saved")]
     assert max(saved) == STEPS and set(saved) == {4, 8, 12, 16, 20, 24}
+
+
+@pytest.mark.parametrize("broken, lasting, back_to", [
+    pytest.param([8], False, [4], marks=pytest.mark.slow),  # the step to go back to
+    pytest.param([4, 8], False, [0], marks=pytest.mark.slow),  # all of them
+    ([4], True, [8, 8]),  # the step to go back to when the fault comes again: the only one far enough before it
+])
+def test_a_broken_step_is_no_way_back_and_costs_no_good_one(undisturbed, config, tmp_path, broken, lasting, back_to):
+    """Damaged on the disk as the fault comes: it goes to quarantine, and the run back to a good one."""
+    fault = InTheData(nan_batch, [10 * BATCH]) if lasting else Passing(nan_batch, 11)
+
+    waiting = list(broken)
+
+    def breaking(step, sample, batch):
+        while step == 11 and waiting:
+            place = tmp_path / "checkpoints" / str(waiting[-1])
+            while not place.exists():  # it is written in the background
+                time.sleep(0.01)
+            for file in place.glob("optimizer/**/d/*"):
+                file.write_bytes(b"")
+            waiting.pop()
+        return fault(step, sample, batch)
+
+    config = override(config, {"guard.rollback_steps": 4})
+    ended = run(config, launch(tmp_path, breaking))
+    assert [row["step"] for row in events(tmp_path, "rolled_back")] == back_to
+    assert sorted(row["step"] for row in events(tmp_path, "quarantined")) == broken
+    assert steps_of(tmp_path) == list(range(1, STEPS + 1))
+    if not lasting:
+        assert ended["params_sha256"] == undisturbed[1]["params_sha256"]
 
 
 def test_nothing_is_compiled_again_and_nan_is_found_within_one_step(config, tmp_path, monkeypatch):
