@@ -25,7 +25,7 @@ flags.DEFINE_float("minutes", None, "Stop cleanly after so many minutes (exit co
                    lower_bound=0.0)
 flags.DEFINE_string("prediction", None, "A prediction file to register at step 0 (copied into the workdir).")
 flags.DEFINE_integer("profile_steps", 0, "Trace so many steps for TensorBoard's profile tab.", lower_bound=0)
-flags.DEFINE_string("webhook", None, "An address that is sent a JSON POST at each alarm, and one at the end of the run or when it fails.")
+flags.DEFINE_string("webhook", None, "An address that is sent a JSON POST at each alarm, and when the run ends or fails.")
 flags.DEFINE_string("wandb", None, "A Weights & Biases project to mirror the run in (needs the package wandb).")
 flags.DEFINE_float("heartbeat", HEARTBEAT, "Seconds without a sign of life after which a process of several is lost; "
                    "the others name it and end with 75.", lower_bound=0.5)
