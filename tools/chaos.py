@@ -3,17 +3,20 @@
     python -m tools.chaos --config=quickstart --set train.steps=200 --trials=20 --minutes=60 --workdir=runs/chaos [--json]
 
   kill term            SIGKILL or SIGTERM to the process, at a step or in the middle of a save; started again
-  flip truncate delete a bit, the end or the whole of a file of the newest checkpoint; started again
+  flip truncate delete a bit, the end or the whole of a file of a checkpoint, mostly the newest, after a stop at a step or
+                       while the next is being written; started again
   nan spike            bad batches: passing ones (the end must be bitwise equal), in odd trials lasting ones (skipped)
   disk_full            no room for some saves (a tmpfs, or a limit on the size of files where mounting isn't allowed)
-  resize               killed or stopped, then continued on other numbers of devices and processes: each of the next losses
-                       within 1e-5 of the undisturbed run's
+  resize               killed or stopped, then continued on other numbers of devices and processes: each later step counts
+                       the undisturbed run's tokens, its loss within 1e-5 or what rounding does to whole runs
   host_kill host_hang  SIGKILL or SIGSTOP to one process of two; tools.supervise starts them again
 
 Each trial is decided by --seed, its fault and its number, and is a line of WORKDIR/trials.jsonl: the same command goes on where
-it stopped, with more --trials too. `survived`: the run finished and its metrics show every step once. bitwise_equal: also the
-parameters and the final loss have the bits of the undisturbed run; bitwise_expected: they should. steps_lost and
-recover_seconds (from the fault to the next step) are those of the worst trial. Faults that need no new process run in this one.
+it stopped, with more --trials or other --faults too; what is shown is all that the workdir holds. `survived`: the run finished,
+its metrics show every step once and the checkpoint of the last step is good. bitwise_equal: also the parameters and the final
+loss have the bits of the undisturbed run; bitwise_expected: they should. steps_lost and recover_seconds (from the fault to the
+next step) are those of the worst trial, recover_seconds_median the median one's. Faults that need no new process run in this
+one.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ import os
 import pathlib
 import random
 import shutil
-import signal
+import statistics
 import sys
 import time
 from typing import Any, Mapping, Sequence
@@ -38,7 +41,7 @@ from research.schema import EXIT_DONE, HEARTBEAT, Config
 from research.training.loop import Launch, run
 from research.training.workdir import read_rows, write_json
 from tools import faults
-from tools.trials import FAULTS, Job, Missed, cache_of
+from tools.trials import FAULTS, PAIR, Job, Missed, cache_of, undisturbed
 
 command_line.define_config_flags()
 command_line.define_json_flag()
@@ -72,32 +75,11 @@ def prepare(job: Job, wanted: Sequence[str]) -> None:
     if faults.result_of(job.reference) is None:
         logging.info("the undisturbed run")
         run(job.config, Launch(str(job.reference), job.preset, quiet=True))
-    if set(wanted) & {"host_kill", "host_hang"} and faults.result_of(job.pair) is None:
-        logging.info("the undisturbed run of two processes")
-        _finish(job, faults.Process(job.command(job.pair, 2), job.environment(1), job.home / "pair.log"))
-    if set(wanted) & {"flip", "truncate", "delete"} and not job.stopped.exists():
-        logging.info("a run that stops after 70% of the steps")
-        begun, target = job.home / "stopped-begun", max(1, int(0.7 * job.config.train.steps))
-        shutil.rmtree(begun, ignore_errors=True)
-
-        def stop(step: int, _: int, batch: Mapping) -> Mapping:
-            if step == target:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return batch
-
-        try:
-            run(job.config, Launch(str(begun), job.preset, quiet=True, fault=stop))
-        except Interrupted:
-            begun.rename(job.stopped)
+    if set(wanted) & {"host_kill", "host_hang"}:
+        undisturbed(job, PAIR)
 
 
-def _finish(job: Job, process: faults.Process) -> None:
-    code = process.wait(job.seconds())
-    if code != EXIT_DONE:
-        raise InputError("--config", f"the undisturbed run of two processes ended with {code}", f"see {job.home / 'pair.log'}")
-
-
-def trial(job: Job, fault: str, number: int, seed: int) -> dict[str, Any]:
+def trial(job: Job, fault: str, number: int) -> dict[str, Any]:
     """One row. The run's directory stays where something is wrong."""
     for attempt in range(10):
         workdir = job.home / f"{fault}-{number}"
@@ -105,7 +87,7 @@ def trial(job: Job, fault: str, number: int, seed: int) -> dict[str, Any]:
         shutil.rmtree(workdir, ignore_errors=True)
         log.unlink(missing_ok=True)
         try:
-            outcome = FAULTS[fault](job, workdir, fault, random.Random(f"{seed}/{fault}/{number}/{attempt}"))
+            outcome = FAULTS[fault](job, workdir, fault, random.Random(f"{job.seed}/{fault}/{number}/{attempt}"))
             break
         except Missed:
             logging.info("%s %d: the run was over before the fault hit; another moment", fault, number)
@@ -114,31 +96,45 @@ def trial(job: Job, fault: str, number: int, seed: int) -> dict[str, Any]:
     if outcome.survived and (outcome.bitwise_equal or not outcome.bitwise_expected):
         shutil.rmtree(workdir, ignore_errors=True)
         log.unlink(missing_ok=True)
-    return {"fault": fault, "trial": number, "seed": seed, "attempt": attempt, **dataclasses.asdict(outcome)}
+    return {"fault": fault, "trial": number, "seed": job.seed, "attempt": attempt, **dataclasses.asdict(outcome)}
 
 
 def summary(rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By fault: counts, and the worst trial's steps lost and seconds to recover."""
+    """By fault, of those that are wanted or have trials: counts, the worst trial's steps lost and seconds to recover, and the
+    median of these."""
     table = {}
-    for fault in wanted:
+    for fault in FAULTS:
         found = [row for row in rows if row["fault"] == fault]
+        if not found and fault not in wanted:
+            continue
         counts = {name: sum(row[name] for row in found) for name in ("survived", "bitwise_equal", "bitwise_expected")}
         seconds = [row["recover_seconds"] for row in found if row["recover_seconds"] is not None]
         table[fault] = {"trials": len(found), **counts, "steps_lost": max((row["steps_lost"] for row in found), default=None),
-                        "recover_seconds": round(max(seconds), 2) if seconds else None}
+                        "recover_seconds": round(max(seconds), 2) if seconds else None,
+                        "recover_seconds_median": round(statistics.median(seconds), 2) if seconds else None}
     return table
 
 
-def make_job(name: str, preset: Config, given: Mapping[str, str], home: pathlib.Path, heartbeat: float) -> Job:
-    """Raises InputError where `home` holds trials of another job."""
+def make_job(name: str, preset: Config, given: Mapping[str, str], home: pathlib.Path, heartbeat: float, seed: int) -> Job:
+    """Raises InputError where `home` holds trials of another job, or of this one with another seed or heartbeat."""
     assigned = assignments_for(override(preset, given), given)
-    job = {"config": name, "set": assigned}
+    job = {"config": name, "set": assigned, "seed": seed, "heartbeat": heartbeat}
     if (home / JOB_FILE).exists() and (theirs := json.loads((home / JOB_FILE).read_text())) != job:
-        raise InputError("--workdir", f"{home} holds trials of another job ({theirs})", "choose another --workdir")
+        raise InputError("--workdir", f"{home} holds trials of another job ({theirs}, not {job})",
+                         "choose another --workdir, or those settings")
     home.mkdir(parents=True, exist_ok=True)
     write_json(home / JOB_FILE, job)
     assignments = tuple(f"{key}={value}" for key, value in assigned.items())
-    return Job(name, preset, override(preset, assigned), assignments, home, heartbeat)
+    return Job(name, preset, override(preset, assigned), assignments, home, heartbeat, seed)
+
+
+def trials_in(home: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of the trials that were done. What a kill has left of a line goes, so that the next one begins its own."""
+    path = home / TRIALS_FILE
+    if not path.exists():
+        return []
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return read_rows(home, TRIALS_FILE.removesuffix(".jsonl"))
 
 
 def main(_: list[str]) -> int:
@@ -149,16 +145,16 @@ def main(_: list[str]) -> int:
     deadline = time.monotonic() + 60 * FLAGS.minutes if FLAGS.minutes is not None else float("inf")
     _, preset = command_line.configured()
     home = pathlib.Path(FLAGS.workdir).expanduser().absolute()
-    job = make_job(FLAGS.config, preset, parse_assignments(FLAGS["set"].value), home, FLAGS.heartbeat)
+    job = make_job(FLAGS.config, preset, parse_assignments(FLAGS["set"].value), home, FLAGS.heartbeat, FLAGS.seed)
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache_of(home), "xla"))
     prepare(job, wanted)
-    rows = read_rows(home, TRIALS_FILE.removesuffix(".jsonl")) if (home / TRIALS_FILE).exists() else []
+    rows = trials_in(home)
     done = {(row["fault"], row["trial"]) for row in rows}
     left = [(fault, number) for number in range(FLAGS.trials) for fault in wanted if (fault, number) not in done]
     with tqdm(total=len(left), desc="trials", disable=not sys.stderr.isatty()) as bar:
         while left and time.monotonic() < deadline:
             fault, number = left.pop(0)
-            row = trial(job, fault, number, FLAGS.seed)
+            row = trial(job, fault, number)
             rows.append(row)
             with open(home / TRIALS_FILE, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -169,7 +165,7 @@ def main(_: list[str]) -> int:
                          f" ({row['note']})" if row["note"] else "")
     table = summary(rows, wanted)
     if FLAGS.json:
-        command_line.print_json({"faults": table})
+        command_line.print_json({"faults": table, "trials": rows})
     else:
         head = ["fault", *next(iter(table.values()))]
         command_line.print_table([head, *([fault, *map(str, figures.values())] for fault, figures in table.items())])

@@ -37,12 +37,12 @@ class Moment:
         return f"step {self.step}" + (f", {1000 * self.delay:.0f} ms into its save" if self.in_save else "")
 
 
-def draw_moment(rng: random.Random, steps: int, every: int) -> Moment:
-    """Any step but the last ones; one time in three in the middle of a save."""
-    saves = range(every, steps - 1, every)
+def draw_moment(rng: random.Random, steps: int, every: int, first: int = 1) -> Moment:
+    """Any step from `first` on but the last ones; one time in three in the middle of a save."""
+    saves = [step for step in range(every, steps - 1, every) if step >= first]
     if saves and rng.random() < 1 / 3:
         return Moment(rng.choice(saves), True, rng.uniform(0.0, 0.05))
-    return Moment(rng.randrange(1, max(2, steps - 1)))
+    return Moment(rng.randrange(first, max(first + 1, steps - 1)))
 
 
 class Watch:
