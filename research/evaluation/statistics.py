@@ -5,16 +5,15 @@ same order share most of their noise, so their difference is taken pair by pair 
 """
 
 import dataclasses
-import functools
 import math
 import statistics
 from typing import Callable, Sequence
 
 import numpy as np
+from scipy import special
 
 _NORMAL = statistics.NormalDist()
 _AT_ONCE = 4_000_000  # resampled numbers that are held in memory together
-_FRACTION_TERMS = 60  # enough for a million degrees of freedom: lgamma's rounding is then larger than what is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,53 +31,20 @@ class Estimate:
         return dataclasses.asdict(self)
 
 
-def student_cdf(t: float, df: int) -> float:
-    """P(T <= t) of Student's t. For t < 0 it is right to its own size however small it is, not a difference from 1/2.
-
-    The tail is I(x; df / 2, 1 / 2) / 2 at x = df / (df + t^2), I the regularised incomplete beta function (DLMF 8.17).
-    """
-    a, root, size = df / 2, math.sqrt(df), abs(t)
-    cosine, sine = math.sin(math.atan2(root, size)), math.sin(math.atan2(size, root))
-    front = cosine**df * sine * math.exp(math.lgamma(a + 0.5) - math.lgamma(a) - math.lgamma(0.5))
-    if cosine**2 < (a + 1) / (a + 2.5):  # where the fraction converges at once
-        tail = front / df * _beta_fraction(cosine**2, a, 0.5)
-    else:
-        tail = 0.5 - front * _beta_fraction(sine**2, 0.5, a)
-    return tail if t < 0 else 1 - tail
-
-
-def _beta_fraction(x: float, a: float, b: float) -> float:
-    """The continued fraction of I(x; a, b), from the end (DLMF 8.17.22); converges for x < (a + 1) / (a + b + 2)."""
-    rest = 1.0
-    for k in range(_FRACTION_TERMS, 0, -1):
-        m, n = k // 2, a + k
-        rest = 1 + (-(a + m) * (a + b + m) if k % 2 else m * (b - m)) * x / (n * (n - 1) * rest)
-    return 1 / rest
-
-
-@functools.lru_cache(maxsize=4096)
 def student_quantile(probability: float, df: int) -> float:
-    """The t with P(T <= t) = probability, by bisection.
+    """The t with P(T <= t) = probability.
 
     Raises:
       ValueError: the probability isn't inside (0, 1), or there is no degree of freedom.
     """
     if not 0 < probability < 1 or df < 1:
         raise ValueError(f"no Student quantile of {probability} with {df} degrees of freedom")
-    if probability < 0.5:
-        return -student_quantile(1 - probability, df)
-    low, high = 0.0, 1.0
-    while student_cdf(high, df) < probability:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, df) < probability else (low, middle)
-    return (low + high) / 2
+    return float(special.stdtrit(df, probability))
 
 
 def _estimate(value: float, se: float, df: int, confidence: float, n: int) -> Estimate:
     reach = student_quantile((1 + confidence) / 2, df) * se
-    p = 2 * student_cdf(-abs(value) / se, df) if se else float(value == 0)
+    p = 2 * float(special.stdtr(df, -abs(value) / se)) if se else float(value == 0)
     return Estimate(float(value), float(value - reach), float(value + reach), float(se), p, n)
 
 
