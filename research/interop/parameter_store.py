@@ -67,8 +67,9 @@ class ParameterWriter:
 
     def write(self, path: str, index: tuple[int, ...], value: np.ndarray) -> None:
         shape, dtype = self._arrays[path]
+        value = value.astype(dtype, copy=False)
         self._sums[path] += checksum_of_part(jnp.asarray(value), _index_of(index, shape))
-        self._open[path][index].write(value.astype(dtype, copy=False)).result()
+        self._open[path][index].write(value).result()
         self._missing[path] -= 1
 
     def commit(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from research.data.tokenizer import load_tokenizer
 from research.interop.huggingface import export_model, import_model
+from research.params import flatten
 from research.schema import EXIT_BAD_INPUT
 from research.training.restore import load_params
 from tests.interop.bad_input_test import save, tensors
@@ -55,6 +56,18 @@ def test_a_tokenizer_goes_around(tmp_path):
         theirs = transformers.AutoTokenizer.from_pretrained(directory)
         assert theirs.encode(TEXT, add_special_tokens=False) == ours.encode(TEXT).tolist()
         assert theirs.decode(ours.encode(TEXT)) == TEXT == ours.decode(ours.encode(TEXT))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_another_dtype_are_those_that_are_loaded(dtype, tmp_path):
+    """Converted on import: the checkpoint is whole by its own checksums, and has the values, rounded."""
+    model = save(tmp_path / "model", tensors())
+    import_model(str(model), str(tmp_path / "as_it_is"))
+    import_model(str(model), str(tmp_path / "converted"), dtype)
+    plain, found = (flatten(load_params(tmp_path / name)[0]) for name in ("as_it_is", "converted"))
+    for path, value in plain.items():
+        assert found[path].dtype == dtype, path
+        np.testing.assert_array_equal(found[path], value.astype(dtype), path)
 
 
 @pytest.mark.slow
