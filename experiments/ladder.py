@@ -22,7 +22,7 @@ from research.evaluation.statistics import over_seeds
 from research.scaling.analysis import analyse
 from research.scaling.ladder import BACKTEST_RESAMPLES, Rung, Size, backtests, forecast, grid, rung_at, widening, write_csv
 from research.scaling.laws import LAWS
-from research.scaling.points import Points, make, read_csv
+from research.scaling.points import Points, make, read_csv, without_diverged
 from research.scaling.prediction import config_sha256, score, stored_prediction
 from research.schema import COMPILED, LEDGER_PREFIX, RESULT_FILE, Config
 from research.training.loop import put_batch
@@ -200,7 +200,8 @@ def collect(workdir: str, plan: Mapping[str, Any]) -> list[Row]:
 def ladder_points(path: str, columns: Mapping[str, str], exclude: Sequence[str]) -> tuple[Points, dict[str, int], list[str]]:
     """The runs of a ladder's CSV, by their names: (points, how many each condition of `exclude` left out, diverged runs).
 
-    Diverged runs are left out and named. Any other CSV is read as `read_csv` does.
+    Diverged runs are left out and named, those that say so and those that `without_diverged` finds. Any other CSV is read as
+    `read_csv` does.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -209,12 +210,14 @@ def ladder_points(path: str, columns: Mapping[str, str], exclude: Sequence[str])
         rows = []  # read_csv says what is wrong
     ours = bool(rows) and {"run", "diverged"} <= set(rows[0])
     points, excluded = read_csv(path, columns, [*(["diverged==1"] if ours else []), *exclude])
-    if not ours:
-        return points, excluded, []
-    lost = [row["run"] for row in rows if row["diverged"] == "1"]
-    names = tuple(rows[int(name.removeprefix("line ")) - 2]["run"] for name in points.names)
-    del excluded["diverged==1"]
-    return dataclasses.replace(points, names=names), excluded, lost
+    lost = []
+    if ours:
+        lost = [row["run"] for row in rows if row["diverged"] == "1"]
+        names = tuple(rows[int(name.removeprefix("line ")) - 2]["run"] for name in points.names)
+        points = dataclasses.replace(points, names=names)
+        del excluded["diverged==1"]
+    kept = without_diverged(points)
+    return kept, excluded, [*lost, *(name for name in points.names if name not in kept.names)]
 
 
 def target_of(plan: Mapping[str, Any], flops: float, params: float, n_used: str, dim: int | None) -> tuple[Rung, Config]:
@@ -242,6 +245,8 @@ def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float
 
     Its interval is that of one new run, widened until the backtests' errors are as their intervals say (`widening`).
     """
+    if approach not in LAWS:
+        raise InputError("--approach", f"{approach!r} says nothing of a ladder's runs", nearest(approach, list(LAWS)))
     law = LAWS[approach]
     found = analyse(points, approach, bootstrap=bootstrap, seed=seed, budget=flops)
     tests = backtests(points, approach, min(bootstrap, BACKTEST_RESAMPLES), seed)

@@ -125,11 +125,14 @@ def _figures(figure: dict) -> tuple[str, str, str]:
 
 
 def numbers(name: str, kind: type) -> list:
-    """The values of a list flag."""
+    """The values of a list flag, above 0 and finite."""
     try:
-        return [kind(float(text)) for text in FLAGS[name].value]
-    except ValueError:
-        raise InputError(f"--{name}", f"{','.join(FLAGS[name].value)!r} isn't a list of numbers", "e.g. 1,2,3") from None
+        values = [kind(float(text)) for text in FLAGS[name].value]
+    except (ValueError, OverflowError):
+        values = [0]
+    if not all(0 < value < float("inf") for value in values):
+        raise InputError(f"--{name}", f"{','.join(FLAGS[name].value)!r} isn't a list of numbers above 0", "e.g. 1,2,3")
+    return values
 
 
 def plan() -> dict:
@@ -187,7 +190,9 @@ def predict() -> dict:
     if n_used not in ("params", "non_embedding"):
         raise InputError("--columns", f"the target's {n_used!r} isn't known", "params=params or params=non_embedding")
     points, excluded, lost = ladder.ladder_points(_csv(), columns, FLAGS.exclude)
-    flops = FLAGS.budget or FLAGS.times * float(points.flops_P.max())
+    flops = FLAGS.times * float(points.flops_P.max()) if FLAGS.budget is None else FLAGS.budget
+    if not 0 < flops < float("inf"):
+        raise InputError("--budget", f"{flops:g} FLOPs can't be spent", "give more than 0")
     answer = ladder.predict(points, found, FLAGS.approach, flops, FLAGS.dim, n_used, FLAGS.bootstrap, FLAGS.seed)
     answer = seal(answer | {"diverged": lost, "excluded_by": excluded})
     with open(path, "w") as file:

@@ -81,12 +81,12 @@ def without_diverged(points: Points, above: float = 0.1) -> Points:
     """The runs that didn't diverge; the others join `left_out`.
 
     Needs no law: a run diverged if two others or more, each with no more parameters and no more tokens, ended with less than
-    1 / (1 + above) of its loss. Runs that repeat their data may overfit, which is no divergence: only unique tokens count.
+    1 / (1 + above) of its loss. Nor may they have more of the further columns (EXTRA): fewer bits, a smaller state or less
+    data to repeat are worse by themselves.
     """
-    tokens_P = points.extra["unique_tokens"] if "unique_tokens" in points.extra else points.tokens_P
-    no_larger = lambda a_P: a_P[None, :] <= a_P[:, None] * (1 + 1e-6)
-    better_PxP = no_larger(points.params_P) & no_larger(tokens_P) & no_larger(points.tokens_P)
-    better_PxP &= points.loss_P[None, :] * (1 + above) < points.loss_P[:, None]
+    better_PxP = points.loss_P[None, :] * (1 + above) < points.loss_P[:, None]
+    for a_P in (points.params_P, points.tokens_P, *points.extra.values()):
+        better_PxP &= a_P[None, :] <= a_P[:, None] * (1 + 1e-6)
     bad_P = better_PxP.sum(1) > 1
     reasons = []
     for i in np.flatnonzero(bad_P):

@@ -70,6 +70,18 @@ def test_diverged_runs_are_named_and_left_out(climbed):
     assert points.names == tuple(row["run"] for row in rows[:-1])
 
 
+def test_a_run_that_ended_high_is_in_no_prediction(climbed, tmp_path):
+    """Diverged by its loss alone: the fit, the forecast, the backtests and the file's runs are all without it."""
+    workdir, plan, rows = climbed
+    path, spoilt = tmp_path / "ladder.csv", max((row for row in rows if not row["diverged"]), key=lambda row: row["flops"])
+    table = pathlib.Path(workdir, ladder.CSV_FILE).read_text().replace(str(spoilt["loss"]), "6.0")
+    path.write_text(table)
+    points, _, lost = ladder.ladder_points(str(path), {}, [])
+    assert spoilt["run"] in lost and spoilt["run"] not in points.names
+    with pytest.raises(InputError, match="--approach: '4' says nothing of a ladder's runs"):
+        ladder.predict(points, plan, "4", 1e13, None, "params", 64, 0)
+
+
 def test_a_branch_of_a_trunk_that_failed_waits_for_it(climbed, monkeypatch):
     workdir, plan, _ = climbed
     called = []

@@ -87,6 +87,15 @@ def test_overfitting_on_repeated_data_is_no_divergence():
     assert len(without_diverged(make(n_P, loss_P, tokens=d_P))) == 3
 
 
+@pytest.mark.parametrize("column, worse", [("bits", 2.0), ("state", 1e3), ("total_params", 1e7)])
+def test_what_has_less_by_a_further_column_has_not_diverged(column, worse):
+    """Few bits, a small state, few experts: 15% worse than three runs of as many parameters and tokens that have more."""
+    further = {column: [worse, 8 * worse, 16 * worse, 32 * worse]}
+    points = make([1e7] * 4, [2.3, 2.0, 1.98, 1.97], tokens=[1e9] * 4, extra=further)
+    assert without_diverged(points).left_out == ()
+    assert len(without_diverged(make([1e7] * 4, [2.3, 2.0, 1.98, 1.97], tokens=[1e9] * 4))) == 3
+
+
 def test_seeds_are_one_rung():
     points = make([1e6, 1e6, 1e6, 2e6], [4.0, 4.1, 3.9, 3.8], tokens=[1e7, 1e7, 2e7, 1e7])
     assert rungs(points)[0] == rungs(points)[1] and len(set(rungs(points))) == 3
