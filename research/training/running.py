@@ -93,13 +93,14 @@ def roll_back(session: Session, running: Running, alarm: Alarm) -> None:
         checkpointer.wait()
     running.state = running.pending = None  # its memory, before another one comes
     kept = checkpointer.saved_steps()
-    while rollback := decide(config.guard, running.history, alarm, kept):
-        try:
-            restored = start_at(session.program, checkpointer, session.clock, rollback.to)
-            break
-        except BrokenStep as error:
-            checkpointer.quarantine({error.step: error.flaw})
-            kept.remove(error.step)
+    with session.clock.measure("restoring"):
+        while rollback := decide(config.guard, running.history, alarm, kept):
+            try:
+                restored = start_at(session.program, checkpointer, session.clock, rollback.to)
+                break
+            except BrokenStep as error:
+                checkpointer.quarantine({error.step: error.flaw})
+                kept.remove(error.step)
     session.note_checkpoints()
     if rollback is None:
         text = story(running.history, alarm)
