@@ -145,12 +145,13 @@ def _chunked_forward(q, k, v, slopes, context: Context, rule: Rule) -> tuple[jax
         scores, seen = _scores(q_BxGxRxCxK, k_BxGxSxK, slopes, _own(context, who), rule)
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
         top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+        # Exactly 0 where masked, but for a query that sees nothing, whose weights are all 1: it is taken out row by row.
+        weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        sees_none = total == 0
+        sees_none = top == jnp.finfo(jnp.float32).min
         y = jnp.einsum("bgrcs,bgsv->bgrcv", weights.astype(v.dtype), v_BxGxSxV, preferred_element_type=jnp.float32)
-        y = y / jnp.where(sees_none, 1.0, total)
-        return y.astype(q.dtype), top + jnp.log(jnp.where(sees_none, 1.0, total))
+        y = jnp.where(sees_none, 0.0, y / total)
+        return y.astype(q.dtype), top + jnp.where(sees_none, 0.0, jnp.log(total))
 
     y_NxBxGxRxCxV, lse_NxBxGxRxCx1 = jax.lax.map(body, (chunks.split_heads(q), *chunks.queries(context)))
     lse_BxLxHx1 = chunks.join_heads(lse_NxBxGxRxCx1)

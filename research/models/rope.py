@@ -5,6 +5,7 @@ a smooth passage between. yarn: Peng et al. 2023, section 3.2, the same idea ove
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.lowering import on_tpu
 from research.config import Node, Positive, PositiveFloat
 from research.errors import InputError
 
@@ -74,6 +76,20 @@ def frequencies(width: int, base: float, scaling: RopeScaling | None = None) -> 
     return kept * frequency + (1.0 - kept) * stretched, magnitude
 
 
+def _turns(positions_BxL: jax.Array, frequency_K: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
+    """(cos_BxLx1xK, sin_BxLx1xK), float32."""
+    angle_BxLx1xK = positions_BxL[..., None, None].astype(jnp.float32) * frequency_K
+    return jnp.cos(angle_BxLx1xK) * magnitude, jnp.sin(angle_BxLx1xK) * magnitude
+
+
+def _turns_looped(positions_BxL: jax.Array, frequency_K: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
+    """The same in a loop over two halves of K: else XLA, on a CPU, makes each angle's cosine again for every head."""
+    if frequency_K.shape[0] % 2:
+        return _turns(positions_BxL, frequency_K, magnitude)
+    halves = jax.lax.map(lambda half_K: _turns(positions_BxL, half_K, magnitude), frequency_K.reshape(2, -1))
+    return tuple(jnp.concatenate(list(half), axis=-1) for half in halves)
+
+
 def rotate(
     x_BxLxHxK: jax.Array, positions_BxL: jax.Array, base: float, scaling: RopeScaling | None = None, width: int | None = None,
 ) -> jax.Array:
@@ -83,8 +99,8 @@ def rotate(
     """
     width = width or x_BxLxHxK.shape[-1]
     frequency, magnitude = frequencies(width, base, scaling)
-    angle_BxLx1xK = positions_BxL[..., None, None].astype(jnp.float32) * frequency.astype(np.float32)
-    cos, sin = jnp.cos(angle_BxLx1xK) * magnitude, jnp.sin(angle_BxLx1xK) * magnitude
+    forms = (functools.partial(form, magnitude=magnitude) for form in (_turns, _turns_looped))
+    cos, sin = on_tpu(*forms, None, positions_BxL, jnp.asarray(frequency, jnp.float32))
     a, b = jnp.split(x_BxLxHxK[..., :width].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxLxHxK.dtype)
     return rotated if width == x_BxLxHxK.shape[-1] else jnp.concatenate([rotated, x_BxLxHxK[..., width:]], axis=-1)
