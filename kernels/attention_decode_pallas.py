@@ -138,7 +138,7 @@ def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, blo
                       spec((N, M, 1), lambda b, n, j: (n, 0, 0)), spec((None, 3, block), lambda b, n, j: (b, 0, j))],
             out_specs=[by_rows(V), by_rows(1)],
             scratch_shapes=[pltpu.VMEM((N, M, width), jnp.float32) for width in (1, 1, V)]),
-        cost_estimate=flash.cost(K + V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV),
+        cost_estimate=flash.cost(K + V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV),  # as of a cache that is full
         compiler_params=flash.compiler("ppa"), interpret=interpret, name="decode_attention",
     )(lists, rows(q_BxLxHxK), k_BxSxGxK.reshape(B, S, G * K), v_BxSxGxV.reshape(B, S, G * V), q_ids_Bx2xMx1, slopes_GxMx1,
       k_ids_Bx3xS)

@@ -240,9 +240,27 @@ def compiler(semantics: str) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=words, vmem_limit_bytes=VMEM_BYTES)
 
 
-def cost(products: int, size: int, *arrays: jax.Array) -> pl.CostEstimate:
-    """products: multiply-adds of a pair of a query and a key; every pair counts, visible or not, as in `chunked`."""
-    bytes_accessed = sum(x.size * x.dtype.itemsize for x in arrays)
+def computed_share(p: Plan, rule: Rule) -> float:
+    """Of all pairs of blocks, those that the kernels multiply in a row of one document, in the mean over its queries (`p` may
+    hold a part of them). Packed rows take fewer: whose they are is known when the step runs. Of a prefix, nothing is known."""
+    if rule.mask_kind == "prefix":
+        return 1.0
+    columns, firsts, computed = p.keys // p.block_k, range(0, p.keys, p.block_q), 0
+    for first in firsts:
+        last, begin, end = first + p.block_q - 1, 0, columns
+        if rule.mask_kind == "causal":
+            end = min(columns, last // p.block_k + 1)
+        if rule.window is not None:
+            begin = max(0, (first - rule.window + 1) // p.block_k)
+            if rule.mask_kind == "bidirectional":
+                end = min(columns, (last + rule.window - 1) // p.block_k + 1)
+        computed += end - begin
+    return computed / (columns * len(firsts))
+
+
+def cost(products: int, pairs: float, *arrays: jax.Array) -> pl.CostEstimate:
+    """products: multiply-adds of a pair of a query and a key; pairs: those that are computed."""
+    size, bytes_accessed = round(pairs), sum(x.size * x.dtype.itemsize for x in arrays)
     return pl.CostEstimate(flops=2 * products * size, transcendentals=size, bytes_accessed=bytes_accessed)
 
 
@@ -283,7 +301,7 @@ def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, p: 
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(B, H, count), in_specs=[q_spec, k_spec, v_spec, q_ids_spec, k_ids_spec],
             out_specs=[y_spec, lse_spec], scratch_shapes=[row, row, pltpu.VMEM((p.value_width, p.block_q), jnp.float32)]),
-        cost_estimate=cost(K + V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, q_BxLxHxK),
+        cost_estimate=cost(K + V, B * H * L * S * computed_share(p, rule), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, q_BxLxHxK),
         compiler_params=compiler("ppa"), interpret=interpret, name="flash_attention_forward",
     )(lists, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxVxS, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS)
     return jnp.transpose(y_BxHxVxL[:, :, :V, :L], (0, 3, 1, 2)), lse_BxHx1xL[:, :, 0, :L]
@@ -364,7 +382,8 @@ def _chunk_backward(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context: Con
             in_specs=[q_spec, k_spec, v_spec, q_ids_spec, k_ids_spec, row_spec, row_spec, dy_spec],
             out_specs=[dq_spec, k_spec, v_spec, dslopes_spec],
             scratch_shapes=[pltpu.VMEM((p.block_k, width), jnp.float32) for width in (p.width, p.value_width)]),
-        cost_estimate=cost(3 * K + 2 * V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, dy_BxLxHxV, q_BxLxHxK, k_BxSxGxK),
+        cost_estimate=cost(3 * K + 2 * V, B * H * L * S * computed_share(p, rule), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, dy_BxLxHxV,
+                           q_BxLxHxK, k_BxSxGxK),
         compiler_params=compiler("ppaa"), interpret=interpret, name="flash_attention_backward",
     )(lists, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxSxV, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS,
       lse_BxHx1xL, pulled_BxHx1xL, dy_BxHxVxL)

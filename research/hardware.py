@@ -16,6 +16,7 @@ Sources:
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -122,7 +123,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def devices(self) -> int:
@@ -175,7 +176,8 @@ def parse_topology(text: str, where: str = "topology") -> Topology:
     if row.axes == 1:
         return Topology(row, (chips,))
     if chips not in SLICES[row.axes]:
-        raise InputError(where, f"no usual slice of {row.name} has {chips} chips", example)
+        raise InputError(where, f"no usual slice of {row.name} has {chips} chips",
+                         f"one of {', '.join(map(str, SLICES[row.axes]))}, or {example}")
     return Topology(row, SLICES[row.axes][chips])
 
 

@@ -82,9 +82,10 @@ def verdict(answer: dict) -> str:
         if memory["peak"] is None:
             return f"fits: {size(memory['total'])} of {size(memory['hbm'])} a chip at most; {size(memory['host'])} on the host"
         return f"fits: {size(memory['peak'])} of {size(memory['hbm'])} a chip are alive at the fullest moment"
-    over = memory["total"] - memory["hbm"]
-    verdict = f"does not fit: {size(memory['total'])} a chip, {size(over)} more than it has"
-    return "\n".join([verdict, *(f"  would help: {line}" for line in answer["help"])])
+    over = size(memory["excess"]) if memory["excess"] >= 1e7 else "less than 0.01 GB"
+    verdict = f"does not fit: {size(memory['total'])} a chip, {over} more than the compiler finds room for"
+    return "\n".join([verdict, *(["what would help, not tried:"] if answer["help"] else []), *(
+        f"  {line}" for line in answer["help"])])
 
 
 def show(answer: dict) -> None:
@@ -157,6 +158,8 @@ def run_search(config: Config, topology: Topology) -> None:
 def main(_: list[str]) -> int:
     if FLAGS.topology is None:
         raise InputError("--topology", "is missing", "name a slice, e.g. --topology=v5p:4x4x4")
+    if not FLAGS.search and (given := [f"--{name}" for name in ("minutes", "output") if FLAGS[name].present]):
+        raise InputError(given[0], "belongs to a search", "add --search")
     if FLAGS.price is not None and not 0 < FLAGS.price < float("inf"):
         raise InputError("--price", f"{FLAGS.price:g} isn't positive", "give USD per chip-hour")
     topology = tpu_topology(FLAGS.topology)

@@ -15,6 +15,9 @@ from research.errors import InputError
 from research.scaling import footprint, planner
 from research.scaling.planner import Budget, Machine, Model, Question, Range
 
+SMALLEST, LARGEST = 1e-30, 1e40  # so that no product of all the numbers is beyond a float
+MOST = 10**9  # of what is counted
+
 command_line.define_config_flags()
 command_line.define_json_flag()
 flags.DEFINE_float("params", None, "Parameters of the model, where it isn't a preset (--config).")
@@ -25,7 +28,7 @@ flags.DEFINE_float("chip_days", None, "Budget in days of one chip.")
 flags.DEFINE_float("tokens_per_param", None, f"Where only one of the three is given; default {planner.TOKENS_PER_PARAM:g}.")
 flags.DEFINE_boolean("exact", False, "Count the preset's FLOPs by its layers, instead of 6 a parameter and token.")
 flags.DEFINE_string("chip", None, "A chip or a slice of research/hardware.py: h100, v5p:4x4x4, v6e-256.")
-flags.DEFINE_integer("chips", None, "How many; default: 1, or the slice's.", lower_bound=1)
+flags.DEFINE_integer("chips", None, "How many; default: 1, or the slice's.", lower_bound=1, upper_bound=MOST)
 flags.DEFINE_string("dtype", None, "Of the peak; default: the preset's compute_dtype, else bfloat16.")
 flags.DEFINE_float("peak_flops", None, "FLOP/s of a chip, instead of the table's.")
 flags.DEFINE_string("utilization", None, "Share of the peak, as 0.4 or 0.3,0.55; default: the latter around the former.")
@@ -33,8 +36,8 @@ flags.DEFINE_float("price", None, "USD per chip-hour, instead of the list price.
 flags.DEFINE_float("power_watts", None, "Of a chip, instead of the table's.")
 flags.DEFINE_float("pue", planner.PUE, "The data centre's energy over the machines'.")
 flags.DEFINE_float("grid_kg_per_kwh", planner.GRID_KG_PER_KWH, "CO2 of the electricity.")
-flags.DEFINE_integer("context", 4096, "Tokens a sequence when serving.", lower_bound=1)
-flags.DEFINE_integer("serve_batch", 64, "Sequences decoded at once.", lower_bound=1)
+flags.DEFINE_integer("context", 4096, "Tokens a sequence when serving.", lower_bound=1, upper_bound=MOST)
+flags.DEFINE_integer("serve_batch", 64, "Sequences decoded at once.", lower_bound=1, upper_bound=MOST)
 flags.DEFINE_enum("serve_bits", "16", [str(bits) for bits in footprint.BITS], "Of the weights when serving.")
 flags.DEFINE_string("bandwidth_utilization", None, "Share of the memory's bandwidth when serving, as --utilization.")
 flags.DEFINE_float("api_price", None, "USD per million tokens of an API, to compare.")
@@ -54,6 +57,9 @@ def check_numbers() -> None:
         if not math.isfinite(value) or value < least or (name in POSITIVE and value == 0):
             wanted = "positive" if name in POSITIVE else f"at least {least:g}"
             raise InputError(f"--{name}", f"{value:g} isn't {wanted}", "give a finite number")
+        if value > LARGEST or 0 < value < SMALLEST:
+            raise InputError(f"--{name}", f"{value:g} is too {'large' if value > 1 else 'small'} to be meant",
+                             f"give a number from {SMALLEST:g} to {LARGEST:g}")
 
 
 def share(name: str, default: Range) -> Range:
@@ -65,7 +71,7 @@ def share(name: str, default: Range) -> Range:
         numbers = [float(word) for word in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 2) or not all(0 < number <= 1 for number in numbers) or numbers[0] > numbers[-1]:
+    if len(numbers) not in (1, 2) or not all(1e-6 <= number <= 1 for number in numbers) or numbers[0] > numbers[-1]:
         raise InputError(f"--{name}", f"{text!r} isn't a share of the peak",
                          "give 0.4, or an interval like 0.35,0.5, up to 1")
     return Range(sum(numbers) / len(numbers), numbers[0], numbers[-1])

@@ -28,6 +28,7 @@ from research.training.program import Program, make_program
 from research.training.state import HOST
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+MOST_CHIPS = 9216  # tpu7x's pod, the largest
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -37,7 +38,8 @@ class Memory:
 
     temporaries are as the compiler's summary counts them, which is more than it sets aside (docs/tpu.md). `peak` is what is
     alive at one time, arguments included; None where the compiler gave up, or counts the host's with it. `fits`: its verdict,
-    it refuses what it can't place. `host`: arguments and temporaries in the host's memory, which the others don't count.
+    it refuses what it can't place; `excess`: by how much that is more than it has room for, which is less than `hbm`; 0 if it
+    fits. `host`: arguments and temporaries in the host's memory, which the others don't count.
     """
 
     arguments: int
@@ -47,6 +49,7 @@ class Memory:
     hbm: int
     fits: bool
     host: int = 0
+    excess: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,8 @@ def tpu_topology(text: str, where: str = "--topology") -> Topology:
     if topology.chip.name not in TPUS:
         raise InputError(where, f"nothing is compiled for {topology.chip.name} here",
                          f"one of {', '.join(TPUS)}, as v5p:4x4x4 or v6e-256")
+    if topology.chips > MOST_CHIPS:
+        raise InputError(where, f"{topology.name} has {topology.chips:,} chips", f"at most {MOST_CHIPS:,}, as many as a pod")
     return topology
 
 
@@ -99,6 +104,7 @@ def devices_of(topology: Topology, slices: int = 1) -> Sequence[Any]:
 def compile_for(config: Config, topology: Topology) -> Compiled:
     """Raises InputError for a mesh, batch or row that doesn't fit the slice. Too little memory is an answer, not an error."""
     slices = config.mesh.slices
+    sharding.mesh_shape(config.mesh, topology.devices * slices)  # before libtpu, which writes lines of its own
     program = make_program(config, devices_of(topology, slices))
     started = time.perf_counter()
     text, failure = None, ""
@@ -154,7 +160,10 @@ def _too_much(message: str, topology: Topology, state: int) -> Memory:
     if not arguments:
         arguments = min(state * topology.chip.devices, total)
         temporaries = total - arguments
-    return Memory(arguments, temporaries, total, None, topology.chip.hbm_bytes, False)
+    room = max(told(rf"{words} \(?([\d.]+)([KMGT]?)") for words in (r"Used [\d.]+[KMGT]? of", "available HBM"))
+    excess = told(r"capacity by ([\d.]+)([KMGT]?)") or total - (room or topology.chip.hbm_bytes)
+    # Its numbers are rounded: one may be told as the other, and yet it is too much.
+    return Memory(arguments, temporaries, total, None, topology.chip.hbm_bytes, False, excess=max(1, excess))
 
 
 def state_bytes(program: Program) -> int:

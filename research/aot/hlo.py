@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+CALLS = ("call", "call-start", "async-start")  # of a computation; call-start: on another core of the chip (tpu7x's collectives)
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
@@ -167,7 +168,7 @@ def walk(program: Program, into_fusions: bool = False) -> Iterator[tuple[str, In
             if instruction.opcode == "while":
                 count = times * trip_count(program, name, instruction)
                 yield from visit(instruction.attribute(r"body=%([\w.\-]+)"), count)
-            elif instruction.opcode in ("call", "async-start") or (into_fusions and instruction.opcode == "fusion"):
+            elif instruction.opcode in CALLS or (into_fusions and instruction.opcode == "fusion"):
                 yield from visit(instruction.attribute(r"(?:calls|to_apply)=%([\w.\-]+)"), times)
             elif instruction.opcode == "conditional":
                 listed = instruction.attribute(r"branch_computations=\{([^}]*)\}") or ",".join(

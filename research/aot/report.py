@@ -1,18 +1,17 @@
-"""What `tools.aot` says of a compiled step: figures, warnings, and what would help."""
+"""What `tools.aot` says of a compiled step: figures and warnings."""
 
 from __future__ import annotations
 
 import collections
 import math
-from typing import Any, Mapping, Sequence
+from typing import Any, Sequence
 
 from kernels.cross_entropy import BLOCK_GATHER
 from research.aot import estimate, hlo
-from research.aot.compile import Compiled, Memory, step_flops
+from research.aot.advice import what_would_help
+from research.aot.compile import Compiled, state_bytes, step_flops
 from research.aot.estimate import Interval
 from research.aot.hlo import Collective
-from research.schema import Config
-from research.training.optimizers import OPTIMIZERS
 from research.training.program import Program
 
 SHARE = 0.01  # of the bytes of a step's collectives, below which one is no matter
@@ -36,7 +35,10 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
                             "counts buffers that share their place; peak says what is alive at one time")
         dtype = program.config.model.compute_dtype
         parts = estimate.parts(parsed, chip, dtype)
-        floors = estimate.floors(flops["step"] or flops["model"], compiled.memory.arguments, found, chip, compiled.chips, dtype)
+        # Documents in a packed row hide blocks of keys from each other, which the kernels then skip; how many, a batch decides.
+        floors = estimate.floors(
+            flops["step"] or flops["model"], chip.devices * state_bytes(program), found, chip, compiled.chips, dtype,
+            skippable=parts.attention if program.config.data.packed else 0.0)
         seconds, reason = estimate.step_seconds(parts, floors, program.config, chip)
     price = chip.price_per_hour if price is None else price
     hours = seconds and _times(seconds, program.config.train.steps * compiled.chips / 3600)
@@ -50,7 +52,7 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
         "tokens_per_step": program.tokens_per_step, "steps": program.config.train.steps, "chip_hours": hours, "price": price,
         "cost": None if hours is None or price is None else {name: value * price for name, value in hours.items()},
         "compile_seconds": compiled.seconds, "warnings": warnings,
-        "help": [] if compiled.memory.fits else what_would_help(program.config, compiled.memory, mesh, compiled.chips)}
+        "help": [] if compiled.memory.fits else what_would_help(program.config, compiled.memory, mesh, compiled.topology)}
 
 
 def _times(interval: Interval, factor: float) -> dict[str, float]:
@@ -116,25 +118,3 @@ def _named(what: str, found: Sequence[Collective]) -> list[str]:
     lines = [f"{what}: {one.kind} over {one.axis} of {', '.join(f'{d}{list(s)}' for d, s in one.arrays[:2])}, {one.times} a "
              f"step, {one.times * one.bytes / 1e6:,.1f} MB ({one.op_name or 'no name'})" for one in found[:NAMED]]
     return lines + ([f"{what}: and {len(found) - NAMED} smaller ones"] if len(found) > NAMED else [])
-
-
-def what_would_help(config: Config, memory: Memory, mesh: Mapping[str, int], chips: int) -> list[str]:
-    """Changes that take the most off, for a step that doesn't fit; none of them is compiled here."""
-    rows = config.train.batch_size // config.train.microbatches
-    shards = math.prod(size for axis, size in mesh.items() if axis in ("data", "fsdp", "expert"))
-    found = []
-    if memory.arguments > memory.hbm / 4:
-        if config.mesh.rules == "dp":
-            found.append("mesh.rules=fsdp splits weights and optimizer state over the chips")
-        found.append(f"at least {math.ceil(chips * memory.total / memory.hbm)} chips, if all of it were split evenly")
-        if OPTIMIZERS["adafactor"] is not OPTIMIZERS[config.optim.name]:
-            found.append("optim.name=adafactor with optim.b1=0 keeps next to no optimizer state")
-        if not config.optim.offload:
-            found.append("optim.offload=true keeps the optimizer's state in the hosts' memory, and waits for it each step")
-    if config.model.remat != "full":
-        found.append("model.remat=full keeps one activation a layer, offload keeps those in the hosts' memory")
-    if rows > shards:
-        found.append(f"train.microbatches={config.train.microbatches * 2} halves the activations alive at one time")
-    elif mesh["context"] == 1:
-        found.append("mesh.rules=cp with mesh.context=2 splits rows that are one a chip already")
-    return found

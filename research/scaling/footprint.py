@@ -78,6 +78,17 @@ def training_states(config: Config) -> dict[str, float]:
     return states
 
 
+def on_hosts(config: Config) -> tuple[float, float]:
+    """Bytes that rest in the hosts' memory: of the optimizer's state (`optim.offload`), and of what the backward pass keeps of
+    a microbatch (`remat=offload`)."""
+    model = _model(config)
+    optimizer = make_optimizer(config.optim, config.train.steps, model.weights)
+    moments = jax.eval_shape(lambda: optimizer.init(model.init(jax.random.key(0)))) if config.optim.offload else ()
+    rows = config.train.batch_size // config.train.microbatches
+    kept = rows * _kept_bytes_per_row(config) if config.model.remat == "offload" else 0
+    return _bytes([leaf for leaf in jax.tree.leaves(moments) if leaf.ndim]), kept
+
+
 def activations(config: Config) -> Range:
     """Of a microbatch on all chips together: what the backward pass keeps, traced, so with the config's remat and mixers.
 
@@ -110,14 +121,18 @@ def _kept_bytes_per_row(config: Config) -> int:
     return kept(2) - kept(1)
 
 
-def training_memory(states: Mapping[str, float], activations: float | None, chips: int,
-                    hbm_bytes: float | None) -> dict[str, Any]:
-    """Bytes by what takes them, in all and per chip; `fits`: None where activations or the chip's memory aren't known, and it
-    isn't too much without them."""
-    total = sum(states.values()) + (activations or 0.0)
+def training_memory(states: Mapping[str, float], activations: float | None, chips: int, hbm_bytes: float | None,
+                    hosts: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
+    """Bytes by what takes them; `total`: on the chips at the fullest moment, and per chip; `host`: in the hosts' memory;
+    `fits`: None where activations or the chip's memory aren't known, and it isn't too much without them.
+
+    hosts: as `on_hosts` gives them. The optimizer's state comes whole for the update, when the activations are gone.
+    """
+    moments, kept = hosts
+    total = sum(states.values()) - moments + max(moments, activations or 0.0)
     fits = None if hbm_bytes is None else total / chips <= hbm_bytes
-    return dict(states) | {"activations": activations, "total": total, "per_chip": total / chips, "hbm": hbm_bytes,
-                           "fits": None if fits and activations is None else fits}
+    return dict(states) | {"activations": activations, "total": total, "per_chip": total / chips, "host": moments + kept,
+                           "hbm": hbm_bytes, "fits": None if fits and activations is None else fits}
 
 
 def serving_memory(params: float, state_bytes: float | None, serving: Serving, four_bits: float) -> dict[str, Any]:

@@ -148,7 +148,8 @@ def plan(question: Question) -> dict[str, Any]:
     points = _points(question.utilization, question.machine.power_watts, question.bandwidth_share, activations,
                      footprint.FOUR_BITS)
     states = footprint.training_states(config) if config else None
-    figures = _spread([_row(question, point, states) for point in points])
+    hosts = footprint.on_hosts(config) if config else (0.0, 0.0)
+    figures = _spread([_row(question, point, states, hosts) for point in points])
     return figures | {"from": _sources(question)}
 
 
@@ -217,7 +218,7 @@ def _check_agreement(question: Question) -> None:
                          f"{needed:.4g}", "give two of budget, model and tokens")
 
 
-def _row(question: Question, point: _Point, states: Mapping[str, float] | None) -> dict[str, Any]:
+def _row(question: Question, point: _Point, states: Mapping[str, float] | None, hosts: tuple[float, float]) -> dict[str, Any]:
     """The plan at one point, without ranges."""
     on = question.machine
     _check_agreement(question)
@@ -228,7 +229,7 @@ def _row(question: Question, point: _Point, states: Mapping[str, float] | None) 
     serving = question.serving
     state_bytes = footprint.state_bytes(model.config, serving.context) if model.config else None
     memory = {"train": footprint.training_memory(states or footprint.adamw_states(model.params), point.activations, on.chips,
-                                                 on.hbm_bytes),
+                                                 on.hbm_bytes, hosts),
               "serve": footprint.serving_memory(model.params, state_bytes, serving, point.four_bits)}
     return {
         "params": model.params, "active_params": model.active_params, "tokens": tokens,
@@ -273,10 +274,13 @@ def _sources(question: Question) -> dict[str, str]:
         "energy_kwh": "chip_hours x power_watts x pue", "co2_kg": "energy_kwh x grid_kg_per_kwh",
         "memory": "bytes; train: " + (
             f"weights, float32 gradients, {config.optim.name}, and the activations of a microbatch of "
-            f"{config.train.batch_size // config.train.microbatches} rows, remat={config.model.remat}" if config else
+            f"{config.train.batch_size // config.train.microbatches} rows, remat={config.model.remat}" + (
+                "; the optimizer rests on the hosts, and is on the chips for the update instead of the activations"
+                if config.optim.offload else "") if config else
             "float32 weights, gradients and AdamW; without activations, which need a --config") +
             "; per_chip: split evenly over the chips; serve: params x bits / 8" + (
             f"; cache: {config.model.compute_dtype}" if config else "; without the cache, which needs a --config"),
         "serving": f"a decode step of {question.serving.batch} sequences at context {question.serving.context}, "
                    f"{question.serving.bits} bits: the slower of reading weights and cache (bandwidth x "
-                   f"{question.bandwidth_share.low:g} to {question.bandwidth_share.high:g}) and computing (at utilization)"}
+                   f"{question.bandwidth_share.low:g} to {question.bandwidth_share.high:g}) and computing (at utilization)" + (
+                       "" if config else "; the cache isn't in it, as it needs a --config: serving costs more than this")}

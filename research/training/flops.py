@@ -44,7 +44,7 @@ def count_flops(
       platform: "tpu", "cuda", "cpu", ... or None for the default branch (the first, if there is no default).
       pallas_flops: by the kernel's `name`, the flops of one call, or a function that gives them from the
           operands (each with shape and dtype). A kernel that isn't there counts by its own `cost_estimate`, as ours
-          do: what their portable form multiplies (attention's: all pairs, visible or not).
+          do: what their portable form multiplies, and attention's the blocks that a row of one document doesn't skip.
 
     Raises:
       ValueError: a while loop that multiplies matrices, a Pallas kernel that says nothing of its flops, or a primitive

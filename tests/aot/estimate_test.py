@@ -6,6 +6,8 @@ import math
 import pytest
 
 from configs import preset
+from kernels import attention_pallas
+from kernels.visibility import Rule
 from research.aot import estimate, hlo
 from research.aot.estimate import Floors, Parts, Run
 from research.config import override
@@ -28,6 +30,19 @@ def test_floors(kind):
     assert found.compute == 8e12 / 4 / 459e12
     assert found.memory == 2e9 / 2765e9
     assert found.collectives == RECEIVED[kind] / 600e9
+
+
+def test_what_packed_rows_may_skip_is_in_no_floor():
+    found = estimate.floors(8e12, 1e9, [], V5P, 4, "bfloat16", skippable=1e12 / 459e12)
+    assert found.compute == pytest.approx(1e12 / 459e12)
+
+
+@pytest.mark.parametrize("arrays", [((4,), (16,)), ((16,), (4,))])
+def test_what_a_router_sends_counts_as_if_it_were_sent_evenly(arrays):
+    """Rows go into a buffer with room for those of all four devices, or come back from it: 8 bytes, a quarter stays."""
+    buffers = tuple(("bf16", shape) for shape in arrays) + (("s32", (4,)),)
+    sent = hlo.Collective("ragged-all-to-all", "expert", 3, 56, 4, buffers, "")
+    assert estimate.floors(1.0, 1.0, [sent], V5P, 4, "bfloat16").collectives == 3 * 8 * 3 / 4 / 600e9
 
 
 def test_two_devices_of_a_chip_share_its_links():
@@ -103,9 +118,10 @@ SILENT = {
 }
 
 
-def test_several_slices_are_not_shown():
-    config = override(preset("llama3_8b"), {"mesh.slices": 2})
-    assert "several slices" in estimate.step_seconds(Parts(2.0), NOTHING, config, V5P, RUNS)[1]
+@pytest.mark.parametrize("sets, reason", [({"mesh.slices": 2}, "several slices"), ({"mesh.rules": "ring"}, "splits rows")])
+def test_meshes_of_no_published_run_are_not_shown(sets, reason):
+    config = override(preset("llama3_8b"), sets)
+    assert reason in estimate.step_seconds(Parts(2.0), NOTHING, config, V5P, RUNS)[1]
 
 
 @pytest.mark.parametrize("reason", SILENT)
@@ -113,6 +129,21 @@ def test_nothing_is_shown_that_the_calibration_does_not_carry(reason):
     step, floors, name, on, runs = SILENT[reason]
     interval, why = estimate.step_seconds(step, floors, preset(name), chip(on), runs)
     assert interval is None and reason in why
+
+
+# Heads of 128, layers, sequences a chip, their length: docs/tpu.md.
+PUBLISHED = {"16B": (64, 32, 6, 2048), "32B": (64, 32, 4, 2048), "Llama 2 70B": (64, 80, 4, 4096),
+             "Mixtral 8x7B": (32, 32, 36, 4096), "Llama 3.1 8B": (32, 32, 4, 8192)}
+
+
+@pytest.mark.parametrize("run", estimate.CALIBRATION, ids=lambda run: run.name)
+def test_the_calibration_counts_attention_as_the_kernels_do(run):
+    """Forward, again under remat, and 2.5 times as much backward: of the blocks that our kernels compute."""
+    heads, layers, rows, length = PUBLISHED[run.name.split(",")[0]]
+    share = attention_pallas.computed_share(attention_pallas.plan(length, length, 128, 128), Rule("causal", None, None, 1.0))
+    assert 0.5 < share == 0.5 + 256 / length
+    flops = 4.5 * share * 4 * heads * 128 * length**2 * layers * rows
+    assert run.parts.attention == pytest.approx(flops / chip(run.chip).peak("bfloat16"), abs=1e-3)
 
 
 def test_the_calibration_that_is_shipped_carries():

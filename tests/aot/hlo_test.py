@@ -148,6 +148,27 @@ def test_starts_count_what_they_gather_once():
     assert hlo.collectives(hlo.parse(text), MESH)[0].bytes == 32 * 4 * 2
 
 
+def test_what_the_sparse_cores_gather_is_seen():
+    """As the compiler writes tpu7x's collectives: a computation of their own, begun by a call-start."""
+    gather = "all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}"
+    text = f"""%called_computation.4 (x: bf16[8,4], y: token[]) -> bf16[32,4] {{
+  %y = token[] parameter(1)
+  %x = bf16[8,4]{{1,0}} parameter(0)
+  ROOT %all-gather.165 = bf16[32,4]{{1,0}} {gather}
+}}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[8,4]) -> bf16[32,4] {{
+  %p = bf16[8,4]{{1,0}} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %start = ((bf16[8,4]{{1,0}}, token[]), bf16[32,4]{{1,0}}) call-start(%p, %ready), async_execution_thread="sparsecore", \
+to_apply=%called_computation.4
+  ROOT %done = bf16[32,4]{{1,0}} call-done(%start)
+}}
+"""
+    found, = hlo.collectives(hlo.parse(text), MESH)
+    assert (found.kind, found.times, found.bytes, found.group) == ("all-gather", 1, 32 * 4 * 2, 4)
+
+
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("HloModule nothing")

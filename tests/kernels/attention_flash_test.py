@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention as module
 from kernels import attention_pallas
+from kernels.visibility import Context, Rule, visible_blocks
 from research.training.flops import count_flops
 from tests.kernels.attention_test import CASES, Case, arguments, oracle_of, run, values_and_gradients
 
@@ -71,8 +72,34 @@ def test_a_block_that_nothing_sees_is_never_read(queries):
         assert all(np.isfinite(gradient).all() for gradient in gradients.values())
 
 
-def test_flops_are_the_same_on_every_back_end():
+def test_flops_are_of_the_blocks_that_are_computed():
+    """The portable form multiplies all pairs; the kernels, of 32 rows of blocks, 1 + 2 + ... + 32 blocks."""
     arrays, rest = arguments(Case(("1" * 300 + "2" * 212,), heads=4, groups=2, value_dim=6))
     step = jax.value_and_grad(lambda a: run(a, rest, None).sum())
-    pairs = 2 * 4 * 512 * 512
-    assert count_flops(step, arrays) == count_flops(step, arrays, platform="tpu") == pairs * ((4 + 6) + (3 * 4 + 2 * 6))
+    flops = 2 * 4 * 512 * 512 * ((4 + 6) + (3 * 4 + 2 * 6))
+    assert count_flops(step, arrays) == flops
+    assert count_flops(step, arrays, platform="tpu") == flops * (32 * 33 // 2) / 32**2
+
+
+def test_flops_do_not_depend_on_the_chunks_of_the_backward_pass(monkeypatch):
+    arrays, rest = arguments(Case(("1" * 512,), heads=4, groups=2))
+    step = jax.value_and_grad(lambda a: run(a, rest, None).sum())
+    whole = count_flops(step, arrays, platform="tpu")
+    monkeypatch.setattr(attention_pallas, "ROW_BYTES", 4 * 2 * 64 * 128)  # float32, heads of a key head, width, queries
+    assert count_flops(step, arrays, platform="tpu") == whole
+
+
+RULES = [("causal", None), ("causal", 1), ("causal", 40), ("causal", 129), ("bidirectional", None), ("bidirectional", 17),
+         ("bidirectional", 200)]
+
+
+@pytest.mark.parametrize("queries, keys", [(16, 16), (32, 16), (16, 64)])
+@pytest.mark.parametrize("mask_kind, window", RULES)
+def test_the_blocks_that_are_counted_are_those_that_are_visited(mask_kind, window, queries, keys):
+    rule, L = Rule(mask_kind, window, None, 1.0), 256
+    positions, ones = np.arange(L, dtype=np.int32)[None], np.ones((1, L), np.int32)
+    some_BxIxJ, _ = visible_blocks(Context(positions, positions, ones, ones, None), rule, queries, keys)
+    plan = attention_pallas.Plan(L, L, 64, 64, queries, keys)
+    assert attention_pallas.computed_share(plan, rule) == np.mean(some_BxIxJ)
+    part = plan._replace(length=L // 4)  # a quarter of the queries, in the mean over the quarters
+    assert attention_pallas.computed_share(part, rule) == np.mean(some_BxIxJ)

@@ -146,6 +146,33 @@ def test_activations_know_remat_rows_and_compute_dtype():
     assert of(model__remat="none", model__compute_dtype="bfloat16").low < plain.low
 
 
+def test_what_rests_on_the_hosts_is_counted_apart():
+    """The moments are on the chips for the update, instead of the activations. The hosts hold what remat=full keeps."""
+    sets = {"model.remat": "full", "train.batch_size": 64}
+    plain, moved, both = (plan(Question(V100, model=model_of_config(override(preset("debug"), sets | more))))["memory"]["train"]
+                          for more in ({}, {"optim.offload": True}, {"optim.offload": True, "model.remat": "offload"}))
+    moments = 2 * 4 * LanguageModel(preset("debug").model).param_counts()["total"]
+    kept = footprint.activations(override(preset("debug"), sets)).low
+    assert (plain["host"], moved["host"], both["host"]) == (0, moments, moments + kept)
+    assert moments <= moved["optimizer"] == plain["optimizer"] < moments + 100  # and counters
+    assert plain["activations"]["low"] > moments
+    for end in ("value", "low", "high"):
+        assert moved["total"][end] == plain["total"][end] - moments
+    small = {"model.remat": "full", "train.batch_size": 1, "data.seq_len": 8}
+    few, moved = (plan(Question(V100, model=model_of_config(override(preset("debug"), small | more))))
+                  for more in ({}, {"optim.offload": True}))
+    assert few["memory"]["train"]["activations"]["high"] < moments
+    states = sum(moved["memory"]["train"][name] for name in ("weights", "gradients", "optimizer"))
+    assert middle(moved["memory"]["train"]["total"]) == states  # nothing is saved but the activations' room
+    assert "the optimizer rests on the hosts" in moved["from"]["memory"] and "hosts" not in few["from"]["memory"]
+
+
+def test_what_serving_leaves_out_is_said():
+    number, config = (plan(Question(V100, model=model))["from"]["serving"]
+                      for model in (model_of_number(1e9), model_of_config(preset("debug"))))
+    assert "the cache isn't in it" in number and "the cache isn't in it" not in config
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ("none", "full"))
 def test_activations_against_the_compiler(remat):

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -18,13 +19,15 @@ import pytest
 import tools  # noqa: F401  (prepares the environment before JAX starts, as the command does)
 from configs import preset
 from kernels.cross_entropy import BLOCK_GATHER
+from research.aot import advice as aot_advice
 from research.aot import compile as aot_compile
 from research.aot import report as aot_report
 from research.aot import search as aot_search
 from research.aot.compile import Memory, compile_for, no_cache, tpu_topology
 from research.aot.hlo import Collective
-from research.config import override
+from research.config import override, parse_assignments
 from research.errors import InputError
+from research.hardware import CHIPS
 from research.training.program import make_program
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -89,7 +92,12 @@ def test_golden_by_the_command():
     answer = json.loads(out)
     check(answer, "fsdp")
     assert {one["axis"] for one in answer["collectives"]} == {"fsdp"} and answer["mesh"] == {"fsdp": 4}
-    assert set(answer["memory"]) == {"arguments", "temporaries", "total", "peak", "hbm", "fits", "host"}
+    assert set(answer["memory"]) == {"arguments", "temporaries", "total", "peak", "hbm", "fits", "host", "excess"}
+    assert answer["memory"]["excess"] == 0 and min(answer["floors"].values()) > 0
+    v5e, attention = CHIPS["v5e"], answer["parts"]["attention"]
+    assert attention > 0 and answer["floors"]["compute"] == pytest.approx(
+        answer["flops"]["step"] / 4 / v5e.peak("bfloat16") - attention)
+    assert answer["floors"]["memory"] < 2 * answer["memory"]["arguments"] / v5e.hbm_bandwidth
     assert answer["step_seconds"] is None and answer["mfu"] is None and answer["not_shown"]
     assert answer["compile_seconds"] > 0 and "compiling llama_tiny" in err
 
@@ -99,8 +107,27 @@ def test_the_commands_refusals():
     assert code == 2 and err.count("\n") == 1 and "unknown chip 'v9'" in err and "v5p" in err
 
 
+REFUSED = (
+    ((), "--topology: is missing"),
+    (("--topology=v5e:2x2",), "--config: is missing"),
+    (("--config=llama_tiny", "--topology=v5e:2x2", "--price=nan"), "--price: nan isn't positive"),
+    (("--config=llama_tiny", "--topology=v5e:2x2", "--minutes=3"), "--minutes: belongs to a search"),
+    (("--config=llama_tiny", "--topology=v5e:2x2", "--search", "--minutes=-1"), "--minutes: -1 isn't positive"),
+    (("--config=llama_tiny", "--topology=v5e:2x2", "--set=mesh.fsdp=3", "--set=mesh.rules=fsdp"), "do not multiply to the 4"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, message", REFUSED)
+def test_refusals_by_the_command(words, message):
+    code, out, err = command(*words)
+    assert code == 2 and not out and message in err and len(err.strip().splitlines()) <= 2, err
+
+
 @pytest.mark.parametrize("text, words", [("v9:2x2", "unknown chip"), ("h100-8", "nothing is compiled for h100"),
-                                         ("v5p:4x4", "isn't a shape of 3 axes"), ("v5e-7", "no usual slice")])
+                                         ("v5p:4x4", "isn't a shape of 3 axes"), ("v5e-7", "one of 1, 4, 8, .*v5e:4x4"),
+                                         ("v5e:4096x4096", "16,777,216 chips"),
+                                         ("v5p:4294967296x4294967296x1", "at most 9,216")])
 def test_unknown_topologies(text, words):
     with pytest.raises(InputError, match=words):
         tpu_topology(text)
@@ -136,15 +163,72 @@ def test_what_the_compiler_says_of_too_much(message):
     assert not memory.fits and memory.hbm == 16 * 2**30
 
 
-def test_what_would_help():
-    config = override(preset("llama3_8b"), {"mesh.rules": "dp", "train.batch_size": 64, "model.remat": "none"})
-    memory = Memory(96 * 2**30, 30 * 2**30, 126 * 2**30, None, 16 * 2**30, False)
-    text = " ".join(aot_report.what_would_help(config, memory, {"data": 4, "context": 1}, 4))
-    for words in ("mesh.rules=fsdp", "at least 32 chips", "optim.name=adafactor", "optim.offload=true", "model.remat=full",
-                  "train.microbatches=2"):
-        assert words in text
-    config = override(config, {"train.batch_size": 4, "mesh.rules": "fsdp", "model.remat": "full"})
-    assert "mesh.rules=cp" in aot_report.what_would_help(config, memory, {"fsdp": 4, "context": 1}, 4)[-1]
+# What the compiler tells, and by how many GiB it is too much. A program may be smaller than the chip's 16 GiB, and too large.
+EXCESSES = {
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 15.80G of 15.75G hbm. Exceeded hbm capacity by 50.50M.":
+        50.5 / 1024,
+    "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (15.80G) exceeds available HBM (15.75G).": 0.05,
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 15.75G of 15.75G hbm.": 2**-30,
+    "RESOURCE_EXHAUSTED: Used 17.00G": 1.0,
+}
+
+
+@pytest.mark.parametrize("message", EXCESSES)
+def test_what_does_not_fit_is_too_much_by_something(message):
+    memory = aot_compile._too_much(message, tpu_topology("v5e:2x2"), 2**30)
+    assert memory.excess > 0 and memory.excess == pytest.approx(EXCESSES[message] * 2**30, abs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("excess, words", [(1, "less than 0.01 GB more"), (3 * 10**9, "3.00 GB more")])
+def test_the_verdict_says_by_how_much(excess, words):
+    """In a process of its own: two commands' flags don't go into one."""
+    memory = Memory(10**9, 10**9, 2 * 10**9, None, 16 * 2**30, False, excess=excess)
+    program = f"from tools import aot; print(aot.verdict({{'memory': {vars(memory)}, 'help': ['--set a.b=c']}}))"
+    text = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, timeout=200).stdout
+    assert text.startswith("does not fit: 2.00 GB a chip, ") and words in text and text.endswith("\n  --set a.b=c\n")
+
+
+GIB = 2**30
+CROWDED = {  # config, sizes of the mesh, memory, what is named
+    "dp": ({"mesh.rules": "dp", "mesh.data": 4, "train.batch_size": 64}, {"data": 4},
+           ["mesh.rules=fsdp --set mesh.data=0 ", "optim.offload=true", "optim.name=adafactor --set optim.b1=0",
+            "model.remat=full", "model.remat=offload", "train.microbatches=2"]),
+    "odd": ({"mesh.rules": "fsdp", "train.batch_size": 36, "train.microbatches": 3, "model.remat": "full"}, {"fsdp": 4},
+            ["optim.offload=true", "optim.name=adafactor", "model.remat=offload", "train.microbatches=9",
+             "--topology=v5e:4x8 --set train.batch_size=96  # 32 chips a slice"]),
+    "a row a chip": ({"mesh.rules": "fsdp", "mesh.data": 2, "train.batch_size": 4, "model.remat": "offload",
+                      "optim.offload": True, "optim.name": "adafactor"}, {"data": 2, "fsdp": 2},
+                     ["mesh.data=0 ", "mesh.rules=cp --set mesh.context=2 --set mesh.data=0 --set train.microbatches=2"]),
+}
+
+
+@pytest.mark.parametrize("name", CROWDED)
+def test_what_would_help_can_be_pasted(name, devices):
+    """Every line is flags that give a config, and its program on these four devices; what is listed comes in this order."""
+    sets, sizes, expected = CROWDED[name]
+    memory = Memory(96 * GIB, 8 * GIB, 104 * GIB, None, 16 * GIB, False, excess=88 * GIB + GIB // 4)
+    config = override(preset("llama_tiny"), sets)
+    lines = aot_advice.what_would_help(config, memory, {"data": 1, "fsdp": 1, "expert": 1, "context": 1} | sizes,
+                                       tpu_topology("v5e:2x2"))
+    assert len(lines) == len(expected) and all(words in line for words, line in zip(expected, lines)), lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        changed = override(config, parse_assignments([word for word in words if "." in word and word[0] != "-"]))
+        if not line.startswith("--topology"):
+            make_program(changed, devices)
+        else:
+            assert tpu_topology(words[0].removeprefix("--topology=")).chips == 32
+
+
+@pytest.mark.parametrize("total, slice", [(15.5, "2x4"), (31.4, "2x4"), (31.8, "4x4")])
+def test_a_larger_slice_is_one_with_room_for_what_the_compiler_refused(total, slice):
+    """Its room is 15.75 of 16 GiB: half of 31.8 would go into a chip's memory, and not into that."""
+    config = override(preset("llama_tiny"), {"mesh.rules": "fsdp", "train.batch_size": 4})
+    total = int(total * GIB)
+    memory = Memory(total, 0, total, None, 16 * GIB, False, excess=max(1, total - int(15.75 * GIB)))
+    line = aot_advice.what_would_help(config, memory, {"fsdp": 4, "context": 1}, tpu_topology("v5e:2x2"))[-1]
+    assert line.startswith(f"--topology=v5e:{slice} ")
 
 
 def test_warnings_name_gathered_activations_and_wide_sums(devices):

@@ -50,6 +50,12 @@ REFUSED = (
     (("--params=1e9", "--exact"), "--exact: needs a preset"),
     (("--params=1e9", "--pue=0.5"), "--pue: 0.5 isn't at least 1"),
     (("--params=1e9", "--tokens=1e9", "--flops=1e20"), "give two of budget, model and tokens"),
+    (("--params=1e300", "--tokens=1e300"), "--params: 1e+300 is too large to be meant"),
+    (("--params=1e9", "--chip=h100", "--utilization=1e-300"), "'1e-300' isn't a share"),
+    (("--params=1e9", "--chip=h100", "--price=1e308"), "--price: 1e+308 is too large"),
+    (("--params=1e9", "--chips=0"), "--chips=0"),
+    (("--params=1e9", "--context=-1"), "--context=-1"),
+    (("--money=inf", "--chip=h100"), "--money: inf isn't positive"),
 )
 
 
