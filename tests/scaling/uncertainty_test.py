@@ -206,6 +206,15 @@ def test_the_minima_of_the_budgets_are_given_with_intervals():
             assert row[name]["low"] - reach < truth < row[name]["high"] + reach
 
 
+def test_perplexities_are_suspected_even_of_good_models():
+    """Their median is 9 here: no loss in nats or bits is impossible, but a tenth of them is above 12."""
+    points = ladder(0.003)
+    perplexity_P = np.exp(points.loss_P - 0.65)
+    assert 8 < np.median(perplexity_P) < 10
+    notes = analyse(make(points.params_P, perplexity_P, flops=points.flops_P), "3", bootstrap=20)["notes"]
+    assert any("perplexities?" in note for note in notes)
+
+
 @pytest.mark.parametrize("change, note", [
     ({"flops": 1e-9}, "FLOPs are 6e-09 times parameters times tokens, 6 as a rule"),
     ({"params": 1e-9}, r"there are 2\S*e.10 tokens a parameter .median.: are they in other units"),
