@@ -1,7 +1,5 @@
 """The ladder's runs on this machine: what they would cost, and running them: one trunk a size, a branch a budget."""
 
-import csv
-import dataclasses
 import json
 import math
 import os
@@ -33,27 +31,58 @@ from research.training.workdir import read_config, read_rows
 PLAN_FILE, CSV_FILE = "plan.json", "ladder.csv"
 STARTUP_SECONDS = 15.0  # a run's imports, compilation, evaluation and saves on two cores
 UTILIZATION = 0.3  # of the matmul peak, where steps aren't measured
+DECIDED = ("seed", "train.steps", "train.branch_from", "optim.schedule", "optim.decay_steps", "checkpoint.keep_at")
 LARGEST_DIM = 1024  # of a target that the law chooses
 Row = dict[str, Any]
 
 
-def make_plan(workdir: str, family: str, data: str | None, dims: Sequence[int], budgets: Sequence[float],
-              ratios: tuple[float, float], seed: int, changes: Mapping[str, str], measured: bool) -> dict[str, Any]:
-    """The ladder as data, written to WORKDIR/plan.json: trunks and rungs, each with what it computes and costs.
+def asked(family: str, data: str | None, dims: Sequence[int], budgets: Sequence[float], ratios: tuple[float, float], seed: int,
+          changes: Mapping[str, str]) -> dict[str, Any]:
+    """What a plan is made of, by the names of the flags, as plan.json keeps it.
 
     Args:
       data: a glob of text files in place of the preset's source.
       dims, budgets: widths and FLOPs; the family's where empty.
       changes: overrides of the preset for all runs.
-      measured: time a few steps of each size, else take UTILIZATION of the matmul peak.
 
     Raises:
-      InputError: an unknown family; a grid that no law could be fitted to.
+      InputError: an unknown family, or a change of what the ladder decides.
     """
     if family not in FAMILIES:
         raise InputError("--family", f"unknown {family!r}", nearest(family, list(FAMILIES)))
     chosen = FAMILIES[family]
-    shared = {**changes, "seed": seed}
+    taken = sorted(set(changes) & {*DECIDED, *chosen.size(chosen.dims[0])})
+    if taken:
+        raise InputError("--set", f"{', '.join(taken)}: the ladder decides that for each run", "see --dims, --budgets, --seed")
+    return {"family": family, "data": data, "dims": sorted(dims or chosen.dims), "budgets": sorted(budgets or chosen.budgets),
+            "ratios": list(ratios), "seed": seed, "set": dict(changes)}
+
+
+def check_asked(workdir: str, plan: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises InputError where WORKDIR's plan was made of something else than is wanted now."""
+    kept = plan["asked"] if "asked" in plan else {name: plan[name] for name in ("family", "seed")}  # older plans kept no more
+    for name, value in wanted.items():
+        if name not in kept or kept[name] != value:
+            has = f"has {json.dumps(kept[name])}" if name in kept else "doesn't say which it has"
+            raise InputError(f"--{name}", f"{os.path.join(workdir, PLAN_FILE)} {has}, not {json.dumps(value)}",
+                             "leave the flag out, or choose another --workdir")
+
+
+def make_plan(workdir: str, wanted: Mapping[str, Any], measured: bool) -> dict[str, Any]:
+    """The ladder as data, written to WORKDIR/plan.json: trunks and rungs, each with what it computes and costs.
+
+    Args:
+      wanted: as `asked` gives it.
+      measured: time a few steps of each size, else take UTILIZATION of the matmul peak.
+
+    Raises:
+      InputError: a grid that no law could be fitted to, or runs of another plan in WORKDIR.
+    """
+    before = read_plan(workdir)
+    if before and any(status(row["workdir"]) != "missing" for row in before["trunks"] + before["rungs"]):
+        check_asked(workdir, before, wanted)
+    chosen, data = FAMILIES[wanted["family"]], wanted["data"]
+    shared = {**wanted["set"], "seed": wanted["seed"]}
     if data:
         shared |= {"data.sources.0.name": "text", "data.sources.0.args": json.dumps({"paths": [data]})}
     os.makedirs(workdir, exist_ok=True)
@@ -61,9 +90,9 @@ def make_plan(workdir: str, family: str, data: str | None, dims: Sequence[int], 
         jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), COMPILED, "xla"))
     base = override(preset(chosen.preset), shared)
     peak = None if measured else hardware.measured_cpu_peak()
-    sizes = [size_of(chosen.preset, dim, shared | chosen.size(dim), peak) for dim in sorted(dims or chosen.dims)]
-    rungs = grid(sizes, budgets or chosen.budgets, base.optim.warmup_steps, ratios)
-    plan = {"family": family, "preset": chosen.preset, "seed": seed, "shared": shared,
+    sizes = [size_of(chosen.preset, dim, shared | chosen.size(dim), peak) for dim in wanted["dims"]]
+    rungs = grid(sizes, wanted["budgets"], base.optim.warmup_steps, wanted["ratios"])
+    plan = {"family": wanted["family"], "preset": chosen.preset, "seed": wanted["seed"], "asked": wanted, "shared": shared,
             "seconds_from": ("measured steps of this machine" if measured else
                              f"{UTILIZATION:g} of this machine's matmul peak, {peak / 1e9:.0f} GFLOP/s"),
             "startup_seconds": STARTUP_SECONDS, **cells(workdir, rungs)}
@@ -198,26 +227,13 @@ def collect(workdir: str, plan: Mapping[str, Any]) -> list[Row]:
 
 
 def ladder_points(path: str, columns: Mapping[str, str], exclude: Sequence[str]) -> tuple[Points, dict[str, int], list[str]]:
-    """The runs of a ladder's CSV, by their names: (points, how many each condition of `exclude` left out, diverged runs).
+    """The runs of a ladder's CSV, or any other: (points, how many each condition of `exclude` left out, diverged runs).
 
-    Diverged runs are left out and named, those that say so and those that `without_diverged` finds. Any other CSV is read as
-    `read_csv` does.
+    Diverged runs are left out and named, those that say so and those that `without_diverged` finds.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        rows = []  # read_csv says what is wrong
-    ours = bool(rows) and {"run", "diverged"} <= set(rows[0])
-    points, excluded = read_csv(path, columns, [*(["diverged==1"] if ours else []), *exclude])
-    lost = []
-    if ours:
-        lost = [row["run"] for row in rows if row["diverged"] == "1"]
-        names = tuple(rows[int(name.removeprefix("line ")) - 2]["run"] for name in points.names)
-        points = dataclasses.replace(points, names=names)
-        del excluded["diverged==1"]
-    kept = without_diverged(points)
-    return kept, excluded, [*lost, *(name for name in points.names if name not in kept.names)]
+    points, excluded = read_csv(path, columns, exclude)
+    points = without_diverged(points)
+    return points, excluded, [run for run, reason in points.left_out if reason.startswith("diverged")]
 
 
 def target_of(plan: Mapping[str, Any], flops: float, params: float, n_used: str, dim: int | None) -> tuple[Rung, Config]:
@@ -258,11 +274,12 @@ def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float
     columns = (values_P.tolist() for values_P in (points.params_P, points.tokens_P, points.flops_P, points.loss_P))
     runs = [dict(zip(("run", n_used, "tokens", "flops", "loss"), row)) for row in zip(points.names, *columns)]
     return {**band, "law": law.formula, "approach": approach, "n_used": n_used, "parameters": found["parameters"],
-                 "residual_rms": found["residual_rms"], "bootstrap": bootstrap, "bootstrap_seed": seed, "widened": widen,
-                 "backtests": counted(tests), "optimum": found["optimum"], "notes": found["notes"], "runs": runs,
-                 "target": {"preset": plan["preset"], "overrides": target_overrides(rung), "params": size.params,
-                            "non_embedding": size.non_embedding, "tokens": rung.tokens, "flops": rung.flops,
-                            "times": rung.flops / float(points.flops_P.max()), "config_sha256": config_sha256(config)}}
+            "residual_rms": found["residual_rms"], "bootstrap": bootstrap, "bootstrap_seed": seed, "widened": widen,
+            "backtests": counted(tests), "optimum": found["optimum"], "notes": found["notes"], "left_out": found["left_out"],
+            "runs": runs,
+            "target": {"preset": plan["preset"], "overrides": target_overrides(rung), "params": size.params,
+                       "non_embedding": size.non_embedding, "tokens": rung.tokens, "flops": rung.flops,
+                       "times": rung.flops / float(points.flops_P.max()), "config_sha256": config_sha256(config)}}
 
 
 def counted(tests: Sequence[Mapping[str, Any]]) -> Row:

@@ -10,6 +10,7 @@ from experiments.cells import status
 from experiments.ladder import counted
 from research.errors import InputError
 from research.scaling.analysis import analyse
+from research.scaling.analysis import crossing as compare_families
 from research.scaling.ladder import BACKTEST_RESAMPLES, backtests
 from research.scaling.laws import LAWS, Fitted, Law, optimum
 from research.scaling.points import Points, budgets
@@ -18,6 +19,7 @@ from research.schema import METRICS_PREFIX
 from research.training.workdir import read_rows
 
 CURVE = 40  # budgets that bands are drawn at
+BEYOND = 1e3  # how far outside of their runs two laws are followed to where they cross
 Row = dict[str, Any]
 
 
@@ -71,34 +73,20 @@ def _figure(figure: Mapping[str, float]) -> str:
     return f"{figure['value']:.3f} ({low} to {high})"
 
 
-def crossing(ours: Points, theirs: Points, approach: str, bootstrap: int, seed: int) -> Row:
-    """Which of two families' laws is lower at its own best, at which budget.
+def crossing(ours: Points, theirs: Points, approach: str, bootstrap: int, seed: int, names: tuple[str, str]) -> Row:
+    """Which of two families' laws is lower at its own best, at which budget: `analysis.crossing` of what both were measured at,
+    followed by a factor of BEYOND to each side.
 
-    Returns:
-      flops: the crossing, with its interval, or None where the laws don't cross within a factor of 1,000 of the runs;
-      crossed: the share of resamples that cross there; at: a row a budget {flops, difference {value, low, high}, prefers}.
+    Raises:
+      InputError: no budgets that both were measured at, or runs that can't decide a law.
     """
-    most = max(ours.flops_P.max(), theirs.flops_P.max())
-    least = min(ours.flops_P.min(), theirs.flops_P.min())
-    grid_G = np.geomspace(least / 1e3, most * 1e3, 256)
-    curves = []
-    for number, points in enumerate((ours, theirs)):
-        law = LAWS[approach]
-        fitted = law.fit(points, bootstrap, seed + number)
-        curves.append(np.stack([optimum(law, fitted.parameters, flops)["loss"] for flops in grid_G], 1))
-    difference_TxG = curves[0] - curves[1]
-    flips_TxG = difference_TxG[:, 1:] * difference_TxG[:, :-1] < 0  # false for NaN
-    crossed_T = flips_TxG.any(1)
-    middle_G = np.sqrt(grid_G[1:] * grid_G[:-1])
-    log_T = np.where(crossed_T, np.log(middle_G[flips_TxG.argmax(1)]), np.nan)
-    where = {name: float(np.exp(np.clip(value, -690, 690))) for name, value in interval(log_T).items()}
-    shown = np.geomspace(least, most * 10, 9)
-    rows = []
-    for flops in shown:
-        band = interval(difference_TxG[:, np.abs(np.log(grid_G / flops)).argmin()])
-        prefers = "first" if band["high"] < 0 else "second" if band["low"] > 0 else "undecided"
-        rows.append({"flops": float(flops), "difference": band, "prefers": prefers})
-    return {"flops": where if crossed_T[0] else None, "crossed": float(crossed_T[1:].mean()), "at": rows}
+    low, high = max(ours.flops_P.min(), theirs.flops_P.min()), min(ours.flops_P.max(), theirs.flops_P.max())
+    if low >= high:
+        raise InputError("--against", f"of {names[0]} and {names[1]} one ends at {high:.3g} FLOPs, the other begins at "
+                         f"{low:.3g}", "compare ladders whose budgets overlap")
+    first, second = ((name, LAWS[approach], LAWS[approach].fit(points, bootstrap, seed + number))
+                     for number, (name, points) in enumerate(zip(names, (ours, theirs))))
+    return compare_families(first, second, float(low), float(high), BEYOND)
 
 
 def loss_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
@@ -112,17 +100,28 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float
     return curves
 
 
-def compared(found: Mapping[str, Any], ours: str, theirs: str) -> list[str]:
-    """The crossing in words."""
-    words = [f"At {row['flops']:.2g} FLOPs the best of {ours if row['prefers'] == 'first' else theirs} is lower by "
-             f"{abs(row['difference']['value']):.3f} ({row['difference']['low']:+.3f} to {row['difference']['high']:+.3f})."
-             if row["prefers"] != "undecided" else
+def compared(found: Mapping[str, Any]) -> list[str]:
+    """The crossings in words."""
+    (ours, theirs), (low, high) = found["families"], found["measured"]
+    words = [f"At {row['flops']:.2g} FLOPs the best of {row['prefers']} is lower by {abs(row['difference']['value']):.3f} "
+             f"({row['difference']['low']:+.3f} to {row['difference']['high']:+.3f})." if row["prefers"] is not None else
              f"At {row['flops']:.2g} FLOPs neither is lower beyond the interval ({row['difference']['low']:+.3f} to "
              f"{row['difference']['high']:+.3f})." for row in (found["at"][0], found["at"][-1])]
-    where = found["flops"]
-    return words + [f"The laws of {ours} and {theirs} " + (
-        f"cross at {where['value']:.2g} FLOPs ({where['low']:.2g} to {where['high']:.2g})" if where else
-        "don't cross within 1,000 times the runs' budgets") + f"; {found['crossed']:.0%} of the resamples do."]
+    for turn in found["crossings"]:
+        where = f" (extrapolated: both were measured from {low:.2g} to {high:.2g} only)" if turn["extrapolated"] else ""
+        words.append(f"The laws of {ours} and {theirs} cross at {_flops(turn['flops'])} FLOPs{where}; above, {turn['to']} is "
+                     f"lower. {turn['share']:.0%} of the resamples cross so.")
+    if not found["crossings"]:
+        words.append(f"The laws of {ours} and {theirs} don't cross within {BEYOND:,.0f} times of what both were measured at "
+                     f"({low:.2g} to {high:.2g} FLOPs); {found['crossing_share']:.0%} of the resamples do.")
+    return words
+
+
+def _flops(figure: Mapping[str, float]) -> str:
+    """Bounds of 0 and MOST lie outside of what was searched."""
+    low = f"{figure['low']:.2g}" if figure["low"] > 0 else "below all that was searched"
+    high = f"{figure['high']:.2g}" if figure["high"] < MOST else "above all that was searched"
+    return f"{figure['value']:.2g} ({low} to {high})"
 
 
 def write(directory: str, answer: Mapping[str, Any], points: Points, lost: Sequence[str]) -> None:
@@ -150,7 +149,7 @@ def write(directory: str, answer: Mapping[str, Any], points: Points, lost: Seque
         for row in answer["crossing"]["at"]:
             band = row["difference"]
             lines.append(f"| {row['flops']:.3g} | {band['value']:+.4f} | {band['low']:+.4f} to {band['high']:+.4f} | "
-                         f"{ {'first': 'this', 'second': 'the other', 'undecided': 'undecided'}[row['prefers']] } |")
+                         f"{row['prefers'] or 'undecided'} |")
     with open(os.path.join(directory, "report.md"), "w") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -226,6 +225,9 @@ def _draw_isoflop(plot: Any, points: Points, fitted: Fitted, law: Law) -> None:
 
 
 def _draw_band(plot: Any, grid_G: np.ndarray, values_GxT: Sequence[np.ndarray], label: str) -> None:
+    if np.isnan([values_T[0] for values_T in values_GxT]).any():
+        plot.set_title(f"{label}: not decided")
+        return
     found = [interval(values_T) for values_T in values_GxT]
     low, value, high = (np.array([band[name] for band in found]) for name in ("low", "value", "high"))
     plot.plot(grid_G, value, label=label)

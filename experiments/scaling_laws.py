@@ -105,7 +105,9 @@ def show(answer: dict) -> None:
         if "served" in best:
             served = best["served"]
             rows += [(f"{name} to serve {served['tokens']:.3g} tokens", *_figures(served[name]))
-                     for name in ("N_opt", "D_opt", "flops", "saved")]
+                     for name in ("N_opt", "D_opt", "flops", "saved") if served[name]]
+    if "budgets" in answer:
+        rows += [(f"N_opt of the parabola at {row['flops']:.3g} FLOPs", *_figures(row["N_opt"])) for row in answer["budgets"]]
     held = answer["leave_largest_out"]
     if held:
         rows.append((f"error at {held['flops']:.3g} FLOPs, left out", *_figures(held["relative_error"])))
@@ -135,13 +137,27 @@ def numbers(name: str, kind: type) -> list:
     return values
 
 
-def plan() -> dict:
-    """The ladder that the flags describe: what would run, and what it costs here."""
+def _asked() -> dict:
+    """What the flags ask a ladder to be of."""
     ratios = numbers("ratios", float)
     if len(ratios) != 2 or not 0 < ratios[0] < ratios[1]:
         raise InputError("--ratios", f"{','.join(FLAGS.ratios)!r} isn't LOW,HIGH", "e.g. --ratios=1,250")
-    return ladder.make_plan(_workdir(), FLAGS.family, FLAGS.data, numbers("dims", int), numbers("budgets", float),
-                            (ratios[0], ratios[1]), FLAGS.seed, parse_assignments(FLAGS.set), FLAGS.measure)
+    return ladder.asked(FLAGS.family, FLAGS.data, numbers("dims", int), numbers("budgets", float), (ratios[0], ratios[1]),
+                        FLAGS.seed, parse_assignments(FLAGS.set))
+
+
+def _planned(*apart: str) -> dict | None:
+    """WORKDIR's plan, if there is one. The flags that are given have to agree with it, but those in `apart`."""
+    found = ladder.read_plan(_workdir())
+    if found is not None:
+        given = {name: value for name, value in _asked().items() if FLAGS[name].present and name not in apart}
+        ladder.check_asked(_workdir(), found, given)
+    return found
+
+
+def plan() -> dict:
+    """The ladder that the flags describe: what would run, and what it costs here."""
+    return ladder.make_plan(_workdir(), _asked(), FLAGS.measure)
 
 
 def show_plan(answer: dict) -> None:
@@ -161,9 +177,7 @@ def show_plan(answer: dict) -> None:
 
 def run() -> dict:
     """Runs what isn't finished of WORKDIR's plan, which it makes where there is none."""
-    found = ladder.read_plan(_workdir()) or plan()
-    if found["family"] != FLAGS.family and FLAGS["family"].present:
-        raise InputError("--family", f"{FLAGS.workdir} holds a ladder of {found['family']}", "choose another --workdir")
+    found = _planned() or plan()
     failed = ladder.run(FLAGS.workdir, found, FLAGS.jobs, FLAGS.minutes)
     return {"rungs": ladder.collect(FLAGS.workdir, found), "failed": failed,
             "csv": os.path.join(FLAGS.workdir, ladder.CSV_FILE)}
@@ -182,7 +196,7 @@ def predict() -> dict:
     path = FLAGS.output or os.path.join(_workdir(), PREDICTION_FILE)
     if os.path.exists(path):
         raise InputError("--output", f"{path} is a prediction already", "name another file: what was predicted stays")
-    found = ladder.read_plan(_workdir())
+    found = _planned("seed")  # here, it's the bootstrap's
     if found is None:
         raise InputError("--workdir", f"{FLAGS.workdir} has no {ladder.PLAN_FILE}", "name a ladder's directory")
     columns = parse_columns(FLAGS.columns)
@@ -216,8 +230,8 @@ def show_prediction(answer: dict) -> None:
                   f"interval, mean error {found['mean_absolute_error']:.2%}, worst {found['worst']:.2%}")
     print(f"the interval is {answer['widened']:.2f} times the bootstrap's" if tests["later"]["runs"] else
           "no backtests: the ladder is too short, and the interval only the bootstrap's")
-    if answer["diverged"]:
-        print(f"left out, diverged: {', '.join(answer['diverged'])}")
+    for found in answer["left_out"]:
+        print(f"left out: {found['run']}, {found['reason']}")
     for note in answer["notes"]:
         print(f"note: {note}")
     sets = " ".join(f"--set '{key}={value}'" for key, value in target["overrides"].items())
@@ -258,11 +272,12 @@ def report() -> dict:
     if FLAGS.against:
         theirs = os.path.join(FLAGS.against, ladder.CSV_FILE)
         other, _, _ = ladder.ladder_points(theirs, parse_columns(FLAGS.columns), FLAGS.exclude)
-        answer["crossing"] = ladder_report.crossing(points, other, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed)
-        answer["verdict"] += ladder_report.compared(answer["crossing"], _workdir(), FLAGS.against)
+        answer["crossing"] = ladder_report.crossing(points, other, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed,
+                                                    (_workdir(), FLAGS.against))
+        answer["verdict"] += ladder_report.compared(answer["crossing"])
     answer["scores"] = ladder.scores(_runs())
-    answer["excluded_by"], answer["diverged"] = excluded, lost
-    found = ladder.read_plan(_workdir())
+    answer |= {"excluded_by": excluded, "diverged": lost, "left_out": answer["fits"][FLAGS.approach]["left_out"]}
+    found = _planned("seed")
     if found and (results := ladder.results_of(found)):
         answer["total"] = total_cost(results)
         answer["verdict"].append(cost_in_words(answer["total"]))
@@ -277,8 +292,8 @@ def report() -> dict:
 
 def show_report(answer: dict) -> None:
     print("\n".join(answer["verdict"]))
-    if answer["diverged"]:
-        print(f"left out, diverged: {', '.join(answer['diverged'])}")
+    for found in answer["left_out"]:
+        print(f"left out: {found['run']}, {found['reason']}")
     if answer["scores"]:
         show_score(ladder.score_summary(answer["scores"]))
     print(f"{answer['directory']}: report.md, report.png, report.json")

@@ -2,6 +2,7 @@
 which of two families' laws promises the lower loss at which budget."""
 
 import math
+from typing import Mapping
 
 import numpy as np
 
@@ -10,11 +11,13 @@ from research.errors import InputError
 from research.scaling.extended import EXTENDED, inference_optimum, optimum_at
 from research.scaling.laws import LAWS, Fitted, Law, log_loss, optimal_log_loss, optimum
 from research.scaling.points import Points, budgets, rungs, without_diverged
-from research.scaling.uncertainty import MOST, interval, leave_largest_out, outliers, predictive
+from research.scaling.uncertainty import MOST, interval, interval_or_none, leave_largest_out, outliers, predictive
 
 APPROACHES = LAWS | EXTENDED
 HELD_OUT_RESAMPLES = 200
-PERPLEXITY = 12.0  # nats: a uniform guess over 160,000 tokens. No runs worth a fit have such a median
+PERPLEXITY = 12.0  # nats: a uniform guess over 160,000 tokens. Of runs worth a fit, no tenth ends above that
+USUAL_FLOPS = 1.0, 100.0  # of C/(ND), which is 6 without attention and 8 where activations are computed twice
+USUAL_RATIO = 1e-3, 1e6  # of tokens a parameter
 AT = {"total_params": "expansion"}  # a regressor -> what a budget is asked at, where that isn't itself
 
 
@@ -53,15 +56,34 @@ def analyse(points: Points, approach: str, *, bootstrap: int = 1000, seed: int =
         "outliers": outliers(fitted.residual_P, fitted.names),
         "notes": list(fitted.notes),
     }
-    if np.median(points.loss_P) > PERPLEXITY:
-        answer["notes"].append(f"the median loss is {np.median(points.loss_P):.3g}: perplexities? These laws are of log-losses")
-    answer["notes"] += _undecided(fitted, points, answer["residual_rms"])
+    if fitted.minima is not None:
+        answer["budgets"] = _minima(fitted.minima)
+    answer["notes"] += _units(points) + _undecided(fitted, points, answer["residual_rms"])
     answer["leave_largest_out"], problem = _held_out(law, points, seed)
     answer["notes"] += [problem] if problem else []
     if budget is not None:
         answer["optimum"], notes = _at_budget(law, fitted, points, budget, at, served_tokens, seed)
         answer["notes"] += notes
     return answer
+
+
+def _minima(minima: Mapping[str, np.ndarray]) -> list[dict]:
+    """A row a budget that has a minimum, each figure with its interval."""
+    return [{"flops": float(minima["flops"][b]), "runs": int(minima["runs"][b])}
+            | {name: interval(minima[name][:, b]) for name in ("N_opt", "D_opt", "loss")} for b in range(len(minima["flops"]))]
+
+
+def _units(points: Points) -> list[str]:
+    """What looks like numbers in other units than the law's, or than each other's."""
+    notes, high, k = [], float(np.quantile(points.loss_P, 0.9)), points.flops_per_weight_token
+    if high > PERPLEXITY:
+        notes.append(f"a tenth of the losses are above {high:.3g}: perplexities? These laws are of log-losses")
+    if not USUAL_FLOPS[0] < k < USUAL_FLOPS[1]:
+        notes.append(f"FLOPs are {k:.3g} times parameters times tokens, 6 as a rule: are they in units of their own?")
+    ratio = float(np.median(points.tokens_P / points.params_P))
+    if not USUAL_RATIO[0] < ratio < USUAL_RATIO[1]:
+        notes.append(f"there are {ratio:.3g} tokens a parameter (median): are they in other units, or parameters and FLOPs?")
+    return notes
 
 
 def _undecided(fitted: Fitted, points: Points, residual_rms: float) -> list[str]:
@@ -99,16 +121,18 @@ def _at_budget(law: Law, fitted: Fitted, points: Points, budget: float, at: tupl
                seed: int) -> tuple[dict, list[str]]:
     k = points.flops_per_weight_token
     best = optimum(law, fitted.parameters, budget) if at is None else optimum_at(law, fitted.parameters, budget, k, at[1])
-    told = {"flops": budget, "N_opt": interval(best["N_opt"]), "D_opt": interval(best["D_opt"]), "loss": None}
+    told = {"flops": budget, "N_opt": interval_or_none(best["N_opt"]), "D_opt": interval_or_none(best["D_opt"]), "loss": None}
     told |= {at[0]: at[1]} if at else {}
     notes = []
     if np.isfinite(best["loss"][0]):
         told["loss"] = interval(predictive(np.log(best["loss"]), fitted.residual_P, fitted.estimated, seed))
+    elif at is not None:
+        notes.append(f"no optimum at the budget: the law's loss has no minimum over sizes there, with {at[0]}={at[1]:g}")
     else:
         notes.append("no loss at the budget: L = E + K/C^gamma needs at least 4 budgets with a minimum")
     if served is not None:
         cheapest = inference_optimum(fitted.parameters, best["loss"], served, k)
-        told["served"] = {"tokens": served} | {name: interval(values_T) for name, values_T in cheapest.items()}
+        told["served"] = {"tokens": served} | {name: interval_or_none(values_T) for name, values_T in cheapest.items()}
     ratio = budget / points.flops_P.max()
     if ratio > 1:
         notes.append(f"the budget is {ratio:.3g} times the largest in the data: an extrapolation")
@@ -136,53 +160,72 @@ def _held_out(law: Law, points: Points, seed: int) -> tuple[dict | None, str]:
         return None, f"the largest budget can't be left out: without it, {error.problem}"
 
 
-def crossing(first: tuple[str, Law, Fitted], second: tuple[str, Law, Fitted], low: float, high: float, shown: int = 9) -> dict:
-    """Which of two families' laws promises the lower loss, at every budget from `low` to `high` FLOPs, and where that changes.
+def crossing(first: tuple[str, Law, Fitted], second: tuple[str, Law, Fitted], low: float, high: float, beyond: float = 1.0,
+             shown: int = 9) -> dict:
+    """Which of two families' laws promises the lower loss at which budget, and where that changes.
 
     Args:
       first, second: a family's name, its law (of LAWS) and its fit. Their losses must be of the same text in the same unit.
-      shown: at how many budgets the preference is spelled out.
+      low, high: the range of FLOPs in which both families were measured.
+      beyond: how far outside of it the laws are followed, a factor to each side.
+      shown: at how many budgets the preference is spelled out, from `low` to `high`, or to ten times that if `beyond` allows.
 
     Returns:
-      families: the names. crossing: FLOPs where the preference changes (the last change in the range), with its interval, or
-      None where it doesn't change; an interval's end of 0 or 1e300 is outside the range. crossing_share: of the resamples, how
-      many change in the range. at: {flops, difference (first - second, of losses), prefers (None if the interval holds 0),
-      first_share (of the resamples that prefer the first)} of each budget shown.
+      families: the names. measured: low, high. crossings: {flops, to (the family that is lower above), share (of the resamples
+      that turn to it), extrapolated (is it outside of the measured range?)} of each, [] where the laws don't cross; an
+      interval's end of 0 or 1e300 is outside of what was searched. crossing_share: of the resamples, how many cross anywhere.
+      at: {flops, difference (first - second, of losses), prefers (None if the interval holds 0), first_share (of the resamples
+      that prefer the first)} of each budget shown.
 
     Raises:
-      InputError: not 0 < low < high.
+      InputError: not 0 < low < high, or a law that knows no loss at the optimum.
       ValueError: fits without resamples, or of different numbers of them.
     """
     if not 0 < low < high < math.inf:
         raise InputError("budgets", f"{low:g} to {high:g} FLOPs is no range", "give 0 < low < high")
-    flops_C = np.geomspace(low, high, 50 * (shown - 1) + 1)
-    loss_TxC, other_TxC = (np.exp(optimal_log_loss(law, fitted.parameters, flops_C)) for _, law, fitted in (first, second))
-    if loss_TxC.shape != other_TxC.shape or len(loss_TxC) < 2:
-        raise ValueError("the two fits need the same number of resamples, at least 1")
-    order = np.concatenate([[0], 1 + np.roll(np.arange(len(loss_TxC) - 1), len(loss_TxC) // 2)])  # two fits of one seed drew
-    gap_TxC = loss_TxC - other_TxC[order]  # the same rungs: what is compared must be independent
-    place_T = np.array([_last_change(np.log(flops_C), gap_C) for gap_C in gap_TxC])
-    # The change to what entry 0 prefers at the high end: beyond it for a resample that still prefers the other there, and below
-    # the low end for one that never did.
-    there_T = np.sign(gap_TxC[:, -1]) == np.sign(gap_TxC[0, -1])
-    inside_T = there_T & np.isfinite(place_T)
-    flops_T = np.where(inside_T, np.exp(np.where(inside_T, place_T, 0.0)), np.where(there_T, 0.0, MOST))
-    flops_T[np.isnan(gap_TxC).any(1)] = np.nan
-    at = []
-    for c in range(0, len(flops_C), 50):
-        figure = interval(gap_TxC[:, c])
+    names, flops_C = (first[0], second[0]), np.geomspace(low / beyond, high * beyond, 801)
+    gap_TxC = _gap(first, second, flops_C)
+    crossings, crossed_T = [], np.zeros(len(gap_TxC), bool)
+    for sign, family in ((1, second[0]), (-1, first[0])):
+        place_T = _turn(np.log(flops_C), sign * gap_TxC)
+        crossed_T |= np.isfinite(place_T)
+        if np.isnan(place_T[0]):
+            continue
+        # A resample that never turns so would turn below the low end if it prefers this family at the high one, else beyond it.
+        flops_T = np.where(np.isfinite(place_T), np.exp(place_T), np.where(sign * gap_TxC[:, -1] > 0, 0.0, MOST))
+        flops_T[np.isnan(gap_TxC).any(1)] = np.nan
+        crossings.append({"flops": interval(flops_T), "to": family, "share": float(np.mean(np.isfinite(place_T[1:]))),
+                          "extrapolated": not low <= flops_T[0] <= high})
+    at, shown_C = [], np.geomspace(low, high * min(beyond, 10.0), shown)
+    for flops, gap_T in zip(shown_C, _gap(first, second, shown_C).T):
+        figure = interval(gap_T)
         sure = figure["low"] > 0 or figure["high"] < 0
-        at.append({"flops": float(flops_C[c]), "difference": figure,
-                   "prefers": (first[0] if figure["high"] < 0 else second[0]) if sure else None,
-                   "first_share": float(np.mean(gap_TxC[1:, c] < 0))})
-    return {"families": [first[0], second[0]], "crossing": interval(flops_T) if inside_T[0] else None,
-            "crossing_share": float(np.mean(inside_T[1:])), "at": at}
+        at.append({"flops": float(flops), "difference": figure, "prefers": names[int(figure["low"] > 0)] if sure else None,
+                   "first_share": float(np.mean(gap_T[1:] < 0))})
+    return {"families": list(names), "measured": [float(low), float(high)],
+            "crossings": sorted(crossings, key=lambda found: found["flops"]["value"]),
+            "crossing_share": float(np.mean(crossed_T[1:])), "at": at}
 
 
-def _last_change(x_C: np.ndarray, gap_C: np.ndarray) -> float:
-    """Where the gap's sign changes last, between two points by a line; NaN if it never does."""
-    changes = np.flatnonzero(np.sign(gap_C[:-1]) * np.sign(gap_C[1:]) < 0)
-    if not len(changes):
-        return math.nan
-    i = changes[-1]
-    return float(x_C[i] + (x_C[i + 1] - x_C[i]) * gap_C[i] / (gap_C[i] - gap_C[i + 1]))
+def _gap(first: tuple[str, Law, Fitted], second: tuple[str, Law, Fitted], flops_C: np.ndarray) -> np.ndarray:
+    """First - second, of the losses at the optimum of each budget, (T, C)."""
+    losses = []
+    for name, law, fitted in (first, second):
+        losses.append(np.exp(optimal_log_loss(law, fitted.parameters, flops_C)))
+        if not np.isfinite(losses[-1][0]).all():
+            raise InputError("points", f"{name}: fewer than 4 budgets have a minimum", "add budgets, or take --approach=3")
+    if losses[0].shape != losses[1].shape or len(losses[0]) < 2:
+        raise ValueError("the two fits need the same number of resamples, at least 1")
+    resamples = len(losses[0]) - 1  # two fits of one seed drew the same rungs: what is compared must be independent
+    order = np.concatenate([[0], 1 + np.roll(np.arange(resamples), (resamples + 1) // 2)])
+    return losses[0] - losses[1][order]
+
+
+def _turn(x_C: np.ndarray, gap_TxC: np.ndarray) -> np.ndarray:
+    """Where each gap turns from below 0 to above, (T,), by a line between two x: the last such place, NaN without one."""
+    turns_TxC = (gap_TxC[:, :-1] < 0) & (gap_TxC[:, 1:] >= 0)  # false for NaN
+    i_T = turns_TxC.shape[1] - 1 - turns_TxC[:, ::-1].argmax(1)
+    left_T, right_T = (gap_TxC[np.arange(len(gap_TxC)), i_T + step] for step in (0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        place_T = x_C[i_T] + (x_C[i_T + 1] - x_C[i_T]) * left_T / (left_T - right_T)
+    return np.where(turns_TxC.any(1), place_T, np.nan)

@@ -15,7 +15,8 @@ import numpy as np
 
 from research.errors import InputError
 from research.scaling import fitter
-from research.scaling.points import Points, budgets, rungs
+from research.scaling.minima import envelope, slices, vertex, vertex_variance, with_minimum
+from research.scaling.points import Points, rungs
 from research.scaling.uncertainty import resamples
 
 Parameters = dict[str, np.ndarray]  # name -> (T,)
@@ -30,6 +31,7 @@ class Fitted:
     names: tuple[str, ...]  # what each residual is of
     estimated: int  # how many numbers were fitted to those residuals
     notes: tuple[str, ...] = ()  # what was left out of the fit, and why
+    minima: Parameters | None = None  # approach 2's of each of B budgets: flops, runs (B,); N_opt, D_opt, loss (T, B)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,9 @@ def require_enough(points: Points, estimated: int) -> None:
             raise InputError("points", f"fewer than 3 different {what}", f"a law in N and D needs at least 3 {what}")
     if np.ptp(np.log(points.loss_P)) < 1e-6:
         raise InputError("loss", f"every run has the same, {points.loss_P[0]:g}", "name the column of the final loss")
+    if np.ptp(n_P + d_P) < 0.25:
+        raise InputError("points", f"one budget only, of about {np.exp(np.log(points.flops_P).mean()):.3g} FLOPs",
+                         "a law in N and D needs runs at several")
     if abs(np.corrcoef(n_P, d_P)[0, 1]) > 0.9999:
         raise InputError("points", "parameters and tokens always change together", "vary the tokens per parameter")
 
@@ -205,82 +210,6 @@ def _power_law(log_flops_B: np.ndarray, log_value_TxB: np.ndarray, weight_B: np.
         return np.exp(mean_T - slope_T * middle_T), slope_T
 
 
-def _vertex(x_P: np.ndarray, y_TxP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(place, value), each (T,), of the minimum of the parabola through y over x; NaN where it has none. A place further
-    beyond the ends of x than they are apart is set there."""
-    middle, span = x_P.mean(), np.ptp(x_P)
-    c, b, a = np.linalg.pinv(np.vander(x_P - middle, 3, increasing=True)) @ y_TxP.T
-    with np.errstate(invalid="ignore", divide="ignore"):
-        place_T, value_T = middle - b / (2 * a), c - b**2 / (4 * a)
-    place_T = np.clip(place_T, x_P.min() - span, x_P.max() + span)
-    return np.where(a > 0, place_T, np.nan), np.where(a > 0, value_T, np.nan)
-
-
-def _vertex_variance(x_P: np.ndarray, y_P: np.ndarray) -> tuple[float, float]:
-    """Of the minimum's place, and of its value over itself, for noise that is proportional to y (the delta method)."""
-    design = np.vander(x_P - x_P.mean(), 3, increasing=True)
-    c, b, a = np.linalg.pinv(design) @ y_P / y_P.mean()
-    covariance, t = np.linalg.pinv(design.T @ design), -b / (2 * a)
-    place, value = np.array([0, 1, 2 * t]) / (2 * a), np.array([1, t, t * t])
-    return float(place @ covariance @ place), float(value @ covariance @ value)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Budget:
-    """One isoFLOP slice, a run a rung (the geometric mean of its seeds)."""
-
-    index: np.ndarray  # of its runs, among the points
-    rung: np.ndarray  # of each of these, which of the arrays below it is in
-    log_flops: float
-    log_n_S: np.ndarray
-    log_d_S: np.ndarray
-    loss_S: np.ndarray
-
-    @property
-    def name(self) -> str:
-        return f"{np.exp(self.log_flops):.3g} FLOPs"
-
-    def smooth_S(self) -> tuple[np.ndarray, np.ndarray]:
-        """The parabola at each size, and each size's leverage."""
-        design = np.vander(self.log_n_S - self.log_n_S.mean(), 3, increasing=True)
-        hat_SxS = design @ np.linalg.pinv(design)
-        return hat_SxS @ self.loss_S, np.diag(hat_SxS)
-
-
-def _slices(points: Points) -> list[_Budget]:
-    """The budgets. Runs whose FLOPs differ a little from their budget's mean are moved to it along the slope of the lowest
-    losses (near the optimum, the loss depends on C alone as the optimum's does)."""
-    groups, rung_P = budgets(points), rungs(points)
-    log_c_P, log_loss_P = np.log(points.flops_P), np.log(points.loss_P)
-    lowest = [index[log_loss_P[index].argmin()] for index in groups if len(index) > 2]
-    slope = min(0.0, np.polyfit(log_c_P[lowest], log_loss_P[lowest], 1)[0]) if len(lowest) > 1 else 0.0
-    found = []
-    for index in groups:
-        rung = np.unique(rung_P[index], return_inverse=True)[1].reshape(-1)
-        mean = lambda values_P: np.bincount(rung, values_P[index]) / np.bincount(rung)
-        log_c_S = mean(log_c_P)
-        loss_S = np.exp(mean(log_loss_P) - slope * (log_c_S - log_c_S.mean()))
-        found.append(_Budget(index, rung, log_c_S.mean(), mean(np.log(points.params_P)), mean(np.log(points.tokens_P)), loss_S))
-    return found
-
-
-def _with_minimum(slices: list[_Budget]) -> tuple[list[_Budget], list[str]]:
-    """Those that have a minimum among 3 sizes or more, and a note on the others."""
-    few = [s for s in slices if len(np.unique(np.round(s.log_n_S, 6))) < 3]
-    kept, notes = [], []
-    if few:
-        notes.append(f"{len(few)} of {len(slices)} budgets have fewer than 3 sizes ({sum(len(s.index) for s in few)} runs): "
-                     f"left out: {', '.join(s.name for s in few)}")
-    for s in slices:
-        if any(s is other for other in few):
-            continue
-        if s.log_n_S.min() <= _vertex(s.log_n_S, s.loss_S[None])[0][0] <= s.log_n_S.max():  # false for NaN
-            kept.append(s)
-        else:
-            notes.append(f"the budget of {s.name} has no minimum among its sizes ({len(s.index)} runs): left out")
-    return kept, notes
-
-
 def fit_isoflop(points: Points, count: int, seed: int) -> Fitted:
     """Approach 2: a parabola of loss over log N (and over log D) at each budget; its minimum; power laws through the minima,
     each weighted by how well its budget decides it.
@@ -288,14 +217,14 @@ def fit_isoflop(points: Points, count: int, seed: int) -> Fitted:
     A parabola takes 3 of a budget's few runs, so resampling runs would often leave it undecided: resampled are the residuals
     (relative, all budgets together, each divided by sqrt(1 - its leverage)), added to the fitted parabolas.
     """
-    rng, slices = np.random.default_rng(seed), _slices(points)
-    if len(slices) < 2:
-        raise InputError("points", f"{len(slices)} budget only", "approach 2 needs at least 2 budgets, each with 3 sizes")
-    kept, notes = _with_minimum(slices)
+    rng, all_budgets = np.random.default_rng(seed), slices(points)
+    if len(all_budgets) < 2:
+        raise InputError("points", f"{len(all_budgets)} budget only", "approach 2 needs at least 2 budgets, each with 3 sizes")
+    kept, notes = with_minimum(all_budgets)
     sizes = sum(len(s.loss_S) for s in kept)
     if len(kept) < 2 or sizes < 3 * len(kept) + 2:
-        raise InputError("points", f"{len(kept)} of {len(slices)} budgets have a minimum among 3 sizes or more ({sizes} runs)",
-                         "approach 2 needs at least 2 such budgets, and 2 runs more than 3 a budget")
+        raise InputError("points", f"{len(kept)} of {len(all_budgets)} budgets have a minimum among 3 sizes or more ({sizes} "
+                         "runs)", "approach 2 needs at least 2 such budgets, and 2 runs more than 3 a budget")
     fitted = [s.smooth_S() for s in kept]
     pool = np.concatenate([(s.loss_S / smooth_S - 1) / np.sqrt(np.maximum(1 - leverage_S, 1e-3))
                            for s, (smooth_S, leverage_S) in zip(kept, fitted)])
@@ -303,11 +232,11 @@ def fit_isoflop(points: Points, count: int, seed: int) -> Fitted:
     for s, (smooth_S, _) in zip(kept, fitted):
         drawn = smooth_S * (1 + rng.choice(pool - pool.mean(), (count, len(smooth_S))))
         loss_TxS = np.concatenate([s.loss_S[None], drawn])
-        place, value = _vertex(s.log_n_S, loss_TxS)
+        place, value = vertex(s.log_n_S, loss_TxS)
         log_n.append(place)
-        log_d.append(_vertex(s.log_d_S, loss_TxS)[0])
+        log_d.append(vertex(s.log_d_S, loss_TxS)[0])
         log_loss_TxB.append(np.log(np.where(value > 0, value, np.nan)))
-        spread.append(_vertex_variance(s.log_n_S, s.loss_S))
+        spread.append(vertex_variance(s.log_n_S, s.loss_S))
     log_flops_B = np.array([s.log_flops for s in kept])
     place_B, value_B = (1 / v_B / np.mean(1 / v_B) for v_B in np.array(spread).T)
     found = dict(zip(("G", "a_opt"), _power_law(log_flops_B, np.stack(log_n, 1), place_B)))
@@ -315,35 +244,9 @@ def fit_isoflop(points: Points, count: int, seed: int) -> Fitted:
     found |= _fit_offset(log_flops_B, np.stack(log_loss_TxB, 1), value_B)
     residual_P = np.concatenate([np.log(points.loss_P[s.index] / smooth_S[s.rung]) for s, (smooth_S, _) in zip(kept, fitted)])
     names = tuple(points.names[i] for s in kept for i in s.index)
-    return Fitted(found, residual_P, names, 3 * len(kept), tuple(notes))
-
-
-def _envelope(points: Points, log_flops_G: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(log N, log D, log loss), each (G,), of the lowest loss over sizes at each budget; NaN where it isn't between sizes.
-
-    Runs of one size (within 2%) are a curve of log loss over log FLOPs, interpolated. A budget counts if 3 sizes have one there
-    and neither the smallest nor the largest of them wins: an optimum at the edge isn't one.
-    """
-    order_P = np.argsort(points.params_P, kind="stable")
-    sizes = np.split(order_P, np.flatnonzero(np.diff(np.log(points.params_P[order_P])) > 0.02) + 1)
-    curves, log_n = [], []
-    for index in sizes:
-        index = index[np.argsort(points.flops_P[index], kind="stable")]
-        x = np.log(points.flops_P[index])
-        if x[-1] - x[0] > 1e-6:
-            curves.append(np.interp(log_flops_G, x, np.log(points.loss_P[index]), left=np.nan, right=np.nan))
-            log_n.append(np.log(points.params_P[index]).mean())
-    if len(curves) < 3:
-        return (np.full(len(log_flops_G), np.nan),) * 3
-    curves_NxG, log_n_N = np.stack(curves), np.array(log_n)
-    there_NxG = np.isfinite(curves_NxG)
-    filled = np.where(there_NxG, curves_NxG, np.inf)
-    best_G, first_G = filled.argmin(0), there_NxG.argmax(0)
-    last_G = len(log_n_N) - 1 - there_NxG[::-1].argmax(0)
-    good_G = (there_NxG.sum(0) > 2) & (best_G > first_G) & (best_G < last_G)
-    log_k = math.log(points.flops_per_weight_token)
-    pick = lambda values_G: np.where(good_G, values_G, np.nan)
-    return pick(log_n_N[best_G]), pick(log_flops_G - log_k - log_n_N[best_G]), pick(filled.min(0))
+    minima = {"flops": np.exp(log_flops_B), "runs": np.array([len(s.index) for s in kept]), "N_opt": np.exp(np.stack(log_n, 1)),
+              "D_opt": np.exp(np.stack(log_d, 1)), "loss": np.exp(np.stack(log_loss_TxB, 1))}
+    return Fitted(found, residual_P, names, 3 * len(kept), tuple(notes), minima)
 
 
 def fit_envelope(points: Points, count: int, seed: int, grid: int = 128) -> Fitted:
@@ -352,13 +255,17 @@ def fit_envelope(points: Points, count: int, seed: int, grid: int = 128) -> Fitt
     Needs sizes that were trained for several token counts each (or points along each run's curve).
     """
     log_flops_G = np.linspace(*np.log([points.flops_P.min(), points.flops_P.max()]), grid)
-    rows = [_envelope(points, log_flops_G)]
-    if np.isfinite(rows[0][0]).sum() < 4:
-        raise InputError("points", f"{len(points)} runs have no envelope: at too few budgets does a middle one of 3 sizes win",
-                         "approach 1 needs at least 3 sizes, each trained at several budgets that overlap")
+    rows = [envelope(points, log_flops_G)]
+    winners = len(np.unique(rows[0][0][np.isfinite(rows[0][0])]))
+    if np.isfinite(rows[0][0]).sum() < 4 or winners < 2:
+        raise InputError("points", f"{len(points)} runs have no envelope: {winners} sizes win where they are neither the "
+                         "smallest nor the largest",
+                         "approach 1 needs at least 4 sizes, each trained at several budgets that overlap")
     counts = resamples(len(points), count, seed, rungs(points))
-    rows += [_envelope(points.take(weight_P > 0), log_flops_G) for weight_P in counts]
+    rows += [envelope(points.take(weight_P > 0), log_flops_G) for weight_P in counts]
     log_n, log_d, log_loss = (np.stack(part) for part in zip(*rows))
+    alone_T = np.array([len(np.unique(row[np.isfinite(row)])) < 2 for row in log_n])  # one size wins all: no slope, not 0
+    log_n[alone_T], log_d[alone_T] = np.nan, np.nan
     found = dict(zip(("G", "a_opt"), _power_law(log_flops_G, log_n)))
     found |= dict(zip(("H", "b_opt"), _power_law(log_flops_G, log_d)))
     found |= _fit_offset(log_flops_G, log_loss)

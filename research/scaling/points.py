@@ -3,19 +3,22 @@
 What can't be fitted is left out by name (`Points.left_out`), never in silence and never as a number.
 """
 
-import csv
 import dataclasses
 import math
 import operator
 import re
-from typing import Mapping, Sequence
+from typing import Callable, Mapping, Sequence
 
 import numpy as np
 
 from research.errors import InputError
+from research.scaling.table import Row, check_commas, read_table, to_number
 
 EXTRA = ("unique_tokens", "total_params", "bits", "state")  # what further laws regress on (research/scaling/extended.py)
 FIELDS = ("params", "tokens", "flops", "loss", *EXTRA)
+COUNTS = ("params", "tokens", "flops", "unique_tokens", "total_params", "state")  # 70B is a number of these
+LADDERS_OWN = ("run", "diverged")  # columns of a ladder's CSV (research/scaling/ladder.py)
+DIVERGED = "diverged, as its file says"
 FLOPS_PER_WEIGHT_TOKEN = 6.0  # C = 6ND: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1)
 MOST_RUNS = 20_000
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
@@ -83,11 +86,17 @@ def without_diverged(points: Points, above: float = 0.1) -> Points:
     Needs no law: a run diverged if two others or more, each with no more parameters and no more tokens, ended with less than
     1 / (1 + above) of its loss. Nor may they have more of the further columns (EXTRA): fewer bits, a smaller state or less
     data to repeat are worse by themselves.
+
+    Raises:
+      InputError: most runs are so: what was named isn't a loss.
     """
     better_PxP = points.loss_P[None, :] * (1 + above) < points.loss_P[:, None]
     for a_P in (points.params_P, points.tokens_P, *points.extra.values()):
         better_PxP &= a_P[None, :] <= a_P[:, None] * (1 + 1e-6)
     bad_P = better_PxP.sum(1) > 1
+    if 2 * bad_P.sum() > len(points):
+        raise InputError("loss", f"{bad_P.sum()} of {len(points)} runs end {above:.0%} above others of no more parameters and "
+                         "tokens", "name a column that falls as runs grow: a loss, not an accuracy")
     reasons = []
     for i in np.flatnonzero(bad_P):
         best = np.flatnonzero(better_PxP[i])[points.loss_P[better_PxP[i]].argmin()]
@@ -117,38 +126,33 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def read_csv(path: str, columns: Mapping[str, str], exclude: Sequence[str] = ()) -> tuple[Points, dict[str, int]]:
-    """Points of a CSV with a head line, and how many rows each condition of `exclude` left out.
+    """Points of a CSV with a head line (`table.read_table`), and how many rows each condition of `exclude` left out.
 
-    A row in which a value isn't positive and finite is left out, too, and named in `Points.left_out`.
+    A row in which a value isn't positive and finite is left out, too, and named in `Points.left_out`; so is one that a ladder's
+    file calls diverged. A ladder's runs have their names, others their line's.
 
     Args:
-      columns: field of FIELDS -> the column's name; an empty one takes columns named like the fields.
+      columns: field of FIELDS -> the column's name; an empty one takes columns named like the fields. Where no column has a
+        name, the one that has it in other capitals is taken.
       exclude: `COLUMN OP NUMBER`, a field or a column's own name, < <= > >= == !=; `==nan` is a value that isn't finite or is
         no number. A row counts for the first condition that it meets.
 
     Raises:
-      InputError: a file that can't be read, a column that isn't there (lists those that are), a malformed condition, or a
-        column of which most cells aren't positive numbers.
+      InputError: a file that can't be read, a column that isn't there (lists those that are), a malformed condition, numbers
+        that can be read in two ways, or a column of which most cells aren't positive numbers.
     """
-    head, lines = _read(path)
-    columns = dict(columns) or {field: field for field in FIELDS if field in head}
-    for field, column in columns.items():
-        if column not in head:
-            raise InputError("--columns", f"{field}: {path} has no column {column!r}", f"it has {', '.join(head)}")
-        if head.count(column) > 1:
-            raise InputError("--columns", f"{field}: {path} has {head.count(column)} columns {column!r}", "rename one")
-    for field in ("params", "loss"):
-        if field not in columns:
-            raise InputError("--columns", f"no column for {field}", f"name one: {field}=NAME; {path} has {', '.join(head)}")
-    if not {"tokens", "flops"} & set(columns):
-        raise InputError("--columns", "neither tokens nor flops has a column",
-                         f"name one: tokens=NAME or flops=NAME; {path} has {', '.join(head)}")
-    conditions = {text: _condition(text, columns, head) for text in exclude}
-    excluded, kept = dict.fromkeys(conditions, 0), []
-    for number, row in lines:
-        reason = next((text for text, (column, op, limit) in conditions.items()
-                       if _met(_number(row[head.index(column)]), op, limit)), None)
-        if reason is None:
+    head, rows = read_table(path)
+    places = _places(path, head, columns)
+    conditions = {text: _condition(text, places, head) for text in exclude}
+    check_commas(path, head, rows, places.values())
+    run, diverged = (head.index(name) if set(LADDERS_OWN) <= set(head) else None for name in LADDERS_OWN)
+    name = lambda number, row: f"line {number}" if run is None else row[run]
+    excluded, kept, good, left_out = dict.fromkeys(conditions, 0), [], [], []
+    for number, row in rows:
+        reason = next((text for text, met in conditions.items() if met(row)), None)
+        if diverged is not None and row[diverged].strip() == "1":
+            left_out.append((name(number, row), DIVERGED))
+        elif reason is None:
             kept.append((number, row))
         else:
             excluded[reason] += 1
@@ -156,65 +160,74 @@ def read_csv(path: str, columns: Mapping[str, str], exclude: Sequence[str] = ())
         raise InputError("--csv", f"{path} has {len(kept)} rows", f"give one row a run, not every step; at most {MOST_RUNS}")
     if not kept:
         raise InputError("--csv", f"{path} leaves no rows to fit ({sum(excluded.values())} excluded)", "give one row a run")
-    good, left_out = _readable(path, {field: head.index(column) for field, column in columns.items()}, head, kept)
-    values = {field: [_number(row[head.index(column)]) for _, row in good] for field, column in columns.items()}
-    found = make(values["params"], values["loss"], values["tokens"] if "tokens" in values else None,
-                 values["flops"] if "flops" in values else None, [f"line {number}" for number, _ in good],
-                 {field: values[field] for field in EXTRA if field in values})
-    return dataclasses.replace(found, left_out=left_out), excluded
-
-
-def _readable(path: str, places: Mapping[str, int], head: Sequence[str], lines: Sequence[tuple[int, list[str]]]
-              ) -> tuple[list[tuple[int, list[str]]], tuple[tuple[str, str], ...]]:
-    """The lines whose values are positive and finite, and (line, why) of the others."""
-    good, left_out = [], []
-    for field, place in places.items():
-        bad = [(number, row[place]) for number, row in lines if not 0 < _number(row[place]) < math.inf]
-        if 2 * len(bad) > len(lines):
-            raise InputError("--columns", f"{field}: {len(bad)} of {len(lines)} rows of {path} have no positive number in "
-                             f"{head[place]!r}, e.g. {bad[0][1]!r} in line {bad[0][0]}",
-                             f"name another column, write plain numbers, or leave them out: --exclude='{field}==nan'")
-    for number, row in lines:
+    _check_readable(path, places, head, kept)
+    for number, row in kept:
         wrong = [f"{field} is {repr(row[place]) if row[place].strip() else 'empty'}" for field, place in places.items()
-                 if not 0 < _number(row[place]) < math.inf]
+                 if not _usable(field, row[place])]
         if wrong:
-            left_out.append((f"line {number}", ", ".join(wrong)))
+            left_out.append((name(number, row), ", ".join(wrong)))
         else:
             good.append((number, row))
-    return good, tuple(left_out)
+    values = {field: [to_number(row[place], field in COUNTS) for _, row in good] for field, place in places.items()}
+    found = make(values["params"], values["loss"], values["tokens"] if "tokens" in values else None,
+                 values["flops"] if "flops" in values else None, [name(number, row) for number, row in good],
+                 {field: values[field] for field in EXTRA if field in values})
+    return dataclasses.replace(found, left_out=tuple(left_out)), excluded
 
 
-def _read(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The head's names and (line number, cells) of every row that isn't blank."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            head = [name.strip() for name in next(reader, [])]
-            lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError("--csv", f"{path} can't be read ({error})", "give a CSV file with a head line") from None
-    for number, row in lines:
-        if len(row) != len(head):
-            raise InputError("--csv", f"line {number} of {path} has {len(row)} cells, the head {len(head)}", "correct it")
-    return head, lines
+def _named(head: Sequence[str], column: str) -> list[int]:
+    """Where the columns of a name are, in other capitals if there is none in these."""
+    exact = [i for i, name in enumerate(head) if name == column]
+    return exact or [i for i, name in enumerate(head) if name.casefold() == column.casefold()]
 
 
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
+def _places(path: str, head: Sequence[str], columns: Mapping[str, str]) -> dict[str, int]:
+    """Field -> where its column is."""
+    columns = dict(columns) or {field: field for field in FIELDS if _named(head, field)}
+    places = {}
+    for field, column in columns.items():
+        found = _named(head, column)
+        if not found:
+            raise InputError("--columns", f"{field}: {path} has no column {column!r}", f"it has {', '.join(head)}")
+        if len(found) > 1:
+            raise InputError("--columns", f"{field}: {path} has {len(found)} columns {column!r}", "rename one")
+        places[field] = found[0]
+    for field in ("params", "loss"):
+        if field not in places:
+            raise InputError("--columns", f"no column for {field}", f"name one: {field}=NAME; {path} has {', '.join(head)}")
+    if not {"tokens", "flops"} & set(places):
+        raise InputError("--columns", "neither tokens nor flops has a column",
+                         f"name one: tokens=NAME or flops=NAME; {path} has {', '.join(head)}")
+    return places
 
 
-def _condition(text: str, columns: Mapping[str, str], head: Sequence[str]) -> tuple[str, str, float]:
+def _usable(field: str, cell: str) -> bool:
+    return 0 < to_number(cell, field in COUNTS) < math.inf
+
+
+def _check_readable(path: str, places: Mapping[str, int], head: Sequence[str], rows: Sequence[Row]) -> None:
+    """Raises InputError where most rows have no number in a column: it is another, or written in another way."""
+    for field, place in places.items():
+        bad = [(number, row[place]) for number, row in rows if not _usable(field, row[place])]
+        if 2 * len(bad) > len(rows):
+            raise InputError("--columns", f"{field}: {len(bad)} of {len(rows)} rows of {path} have no positive number in "
+                             f"{head[place]!r}, e.g. {bad[0][1]!r} in line {bad[0][0]}",
+                             f"name another column, write plain numbers, or leave them out: --exclude='{field}==nan'")
+
+
+def _condition(text: str, places: Mapping[str, int], head: Sequence[str]) -> Callable[[Sequence[str]], bool]:
+    """Does a row meet it?"""
     match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|==|!=|<|>)\s*(\S+)\s*", text)
-    limit = _number(match[3]) if match else math.nan
+    name = match[1] if match else ""
+    found = [places[name]] if name in places else _named(head, name)
+    count = any(field in COUNTS for field, place in places.items() if [place] == found)
+    limit = to_number(match[3], count) if match else math.nan
     if not match or (math.isnan(limit) and (match[3].lower() != "nan" or match[2] not in ("==", "!="))):
         raise InputError("--exclude", f"{text!r} is not COLUMN OP NUMBER", "e.g. --exclude='loss>4.5'; < <= > >= == !=")
-    column = columns[match[1]] if match[1] in columns else match[1]
-    if column not in head:
-        raise InputError("--exclude", f"no column {match[1]!r}", f"the file has {', '.join(head)}")
-    return column, match[2], limit
+    if len(found) != 1:
+        raise InputError("--exclude", f"{len(found) or 'no'} column{'s' * (len(found) > 1)} {name!r}",
+                         f"the file has {', '.join(head)}")
+    return lambda row: _met(to_number(row[found[0]], count), match[2], limit)
 
 
 def _met(value: float, op: str, limit: float) -> bool:

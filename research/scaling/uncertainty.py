@@ -28,17 +28,24 @@ def interval(values_S: np.ndarray, confidence: float = 0.95) -> Figure:
     A resample without a value (an optimum that doesn't exist) counts as beyond both ends, half of them each.
 
     Raises:
-      ValueError: no resamples: nothing is said without an interval.
+      ValueError: no resamples: nothing is said without an interval; or no value, of which nothing can be said.
     """
     values_S = np.asarray(values_S, np.float64)
     if len(values_S) < 2:
         raise ValueError("an interval needs bootstrap resamples")
+    if np.isnan(values_S[0]):
+        raise ValueError("there is no value to give an interval of")
     missing = np.flatnonzero(np.isnan(values_S[1:])) + 1
     drawn_R = values_S.copy()
     drawn_R[missing[::2]], drawn_R[missing[1::2]] = -np.inf, np.inf
     levels = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(np.clip(drawn_R[1:], -MOST, MOST), levels, method="nearest" if len(missing) else "linear")
-    return {"value": float(np.clip(np.nan_to_num(values_S[0]), -MOST, MOST)), "low": float(low), "high": float(high)}
+    return {"value": float(np.clip(values_S[0], -MOST, MOST)), "low": float(low), "high": float(high)}
+
+
+def interval_or_none(values_S: np.ndarray) -> Figure | None:
+    """`interval`, or None where all the data give no value."""
+    return None if np.isnan(values_S[0]) else interval(values_S)
 
 
 def predictive(log_loss_S: np.ndarray, residual_P: np.ndarray, parameters: int, seed: int = 0) -> np.ndarray:

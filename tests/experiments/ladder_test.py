@@ -22,10 +22,13 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 DIMS, BUDGETS = (16, 32, 48, 64), (2e10, 6e10, 1.8e11, 5.4e11, 1.6e12)
 
 
+def asked(**changes):
+    return ladder.asked(**{"family": "transformer", "data": None, "dims": DIMS, "budgets": BUDGETS, "ratios": (0.1, 3000.0),
+                           "seed": 0, "changes": {"optim.warmup_steps": "20"}} | changes)
+
+
 def planned(workdir, **changes):
-    wanted = {"family": "transformer", "data": None, "dims": DIMS, "budgets": BUDGETS, "ratios": (0.1, 3000.0), "seed": 0,
-              "changes": {"optim.warmup_steps": "20"}, "measured": False}
-    return ladder.make_plan(str(workdir), **wanted | changes)
+    return ladder.make_plan(str(workdir), asked(**changes), measured=False)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +125,10 @@ def test_the_report_has_a_verdict_tables_and_pictures(climbed, predicted, tmp_pa
     workdir, plan, _ = climbed
     points, _ = predicted
     answer = ladder_report.summarise(points, "3", 64, 0)
-    answer["crossing"] = ladder_report.crossing(points, points, "3", 64, 0)
-    answer["verdict"] += ladder_report.compared(answer["crossing"], "a", "b")
-    assert {row["prefers"] for row in answer["crossing"]["at"]} == {"undecided"}  # with itself
+    answer["crossing"] = ladder_report.crossing(points, points, "3", 64, 0, ("a", "b"))
+    answer["verdict"] += ladder_report.compared(answer["crossing"])
+    assert {row["prefers"] for row in answer["crossing"]["at"]} == {None}  # with itself
+    assert "The laws of a and b don't cross within 1,000 times of what both were measured at" in answer["verdict"][-1]
     ladder_report.draw(str(tmp_path / "report.png"), points, "3", 64, 0, answer["backtests"], {}, [], 1e13)
     ladder_report.write(str(tmp_path), answer, points, ["lost"])
     text = (tmp_path / "report.md").read_text()
@@ -133,12 +137,34 @@ def test_the_report_has_a_verdict_tables_and_pictures(climbed, predicted, tmp_pa
     json.loads((tmp_path / "report.json").read_text())
 
 
-def test_a_crossing_is_found_with_its_interval(climbed, predicted):
+def test_a_crossing_is_found_with_its_interval(predicted):
     points, _ = predicted
     steeper = ladder.make(points.params_P, 1.1 + (points.loss_P - 1.2) ** 1.3, points.tokens_P, points.flops_P)
-    found = ladder_report.crossing(points, steeper, "3", 64, 0)
-    assert found["flops"]["low"] <= found["flops"]["value"] <= found["flops"]["high"]
-    assert found["at"][0]["prefers"] == "first" and found["at"][-1]["prefers"] == "second"
+    found = ladder_report.crossing(points, steeper, "3", 64, 0, ("a", "b"))
+    assert found["measured"] == [points.flops_P.min(), points.flops_P.max()]
+    assert found["at"][0]["prefers"] == "a" and found["at"][-1]["prefers"] == "b"
+    turn, = found["crossings"]
+    assert turn["flops"]["low"] <= turn["flops"]["value"] <= turn["flops"]["high"] and turn["to"] == "b"
+    *_, words = ladder_report.compared(found)
+    assert words.startswith("The laws of a and b cross at ") and "above, b is lower" in words
+    assert ("extrapolated" in words) == turn["extrapolated"]
+
+
+def test_a_crossing_beyond_the_runs_is_said_to_be_extrapolated(predicted):
+    """The second is worse wherever it was measured, and falls faster: equal at a loss of 1.9, ten times as far."""
+    points, _ = predicted
+    later = ladder.make(points.params_P, 1.15 * points.loss_P - 0.15 * 1.9, points.tokens_P, points.flops_P)
+    found = ladder_report.crossing(points, later, "3", 64, 0, ("a", "b"))
+    *_, words = ladder_report.compared(found)
+    assert [(turn["to"], turn["extrapolated"]) for turn in found["crossings"]] == [("b", True)]
+    assert "(extrapolated: both were measured from 2e+10 to 1.6e+12 only)" in words and "lower" in words
+
+
+def test_ladders_without_common_budgets_are_not_compared(predicted):
+    points, _ = predicted
+    far = ladder.make(points.params_P, points.loss_P, 1e4 * points.tokens_P, 1e4 * points.flops_P)
+    with pytest.raises(InputError, match="--against: of a and b one ends at 1.6e.12 FLOPs, the other begins at 2e.14"):
+        ladder_report.crossing(points, far, "3", 64, 0, ("a", "b"))
 
 
 def test_seeds_of_one_prediction_are_averaged_with_an_interval():
@@ -185,6 +211,34 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     done = call(*[argument.format(tmp_path) for argument in arguments])
     assert done.returncode == EXIT_BAD_INPUT and message.format(tmp_path) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_plan_keeps_what_it_was_asked_for_and_others_flags_are_refused(climbed):
+    workdir, plan, _ = climbed
+    assert plan["asked"] == asked()
+    ladder.check_asked(workdir, ladder.read_plan(workdir), {name: asked()[name] for name in ("dims", "ratios", "set")})
+    for changes, message in (({"dims": (16, 32, 48)}, r"--dims: .*plan.json has \[16, 32, 48, 64\], not \[16, 32, 48\]; leave"),
+                             ({"changes": {}}, "--set: .*plan.json has .*warmup_steps.*, not {}"),
+                             ({"seed": 1}, "--seed: .*plan.json has 0, not 1")):
+        with pytest.raises(InputError, match=message):
+            ladder.check_asked(workdir, plan, asked(**changes))
+        with pytest.raises(InputError, match=message):
+            planned(workdir, **changes)  # its runs are there
+    old = {name: value for name, value in plan.items() if name != "asked"}
+    with pytest.raises(InputError, match="--dims: .*plan.json doesn't say which it has"):
+        ladder.check_asked(workdir, old, {"family": "transformer", "dims": [16]})
+
+
+def test_what_the_ladder_decides_can_not_be_set():
+    with pytest.raises(InputError, match="--set: model.dim, optim.lr, train.steps: the ladder decides that"):
+        asked(changes={"optim.lr": "1", "train.steps": "5", "model.dim": "3", "optim.warmup_steps": "20"})
+
+
+@pytest.mark.slow
+def test_run_with_another_plans_flags_is_one_line(climbed):
+    workdir, _, _ = climbed
+    done = call("run", f"--workdir={workdir}", "--budgets=1e12", "--dims=16,32,48,64")
+    assert done.returncode == EXIT_BAD_INPUT and "--budgets: " in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_width_that_heads_do_not_divide_is_refused(tmp_path):

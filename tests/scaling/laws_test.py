@@ -141,6 +141,8 @@ BAD = [
     ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=[1e9] * 9), "fewer than 3 different token"),
     ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), tokens=20 * np.geomspace(1e6, 1e9, 9)),
      "always change together"),
+    ("3", lambda: make(np.geomspace(1e6, 1e9, 9), np.linspace(4, 3, 9), flops=np.linspace(1, 1.05, 9) * 1e18),
+     "one budget only, of about 1.02e.18 FLOPs; a law in N and D needs runs at several"),
     ("3", lambda: make(ladder().params_P, np.full(80, 3.0), flops=ladder().flops_P), "loss: every run has the same, 3; name"),
     ("2", lambda: parabolas().take(np.arange(7)), "1 budget only; approach 2 needs at least 2 budgets"),
     ("2", lambda: parabolas().take(np.arange(42) % 7 < 2), "0 of 6 budgets have a minimum among 3 sizes or more"),
@@ -160,6 +162,39 @@ def test_a_budget_without_a_minimum_is_left_out_and_named():
     fitted = LAWS["2"].fit(make(points.params_P, falling, flops=points.flops_P), 20, 0)
     assert fitted.notes == ("the budget of 1e+18 FLOPs has no minimum among its sizes (7 runs): left out",)
     assert fitted.parameters["a_opt"][0] == pytest.approx(0.48) and len(fitted.residual_P) == 35
+
+
+def test_a_budget_whose_parabola_opens_downwards_is_left_out_and_named():
+    """Over its sizes, or over its token counts alone (one run's tokens are off by much)."""
+    points = parabolas()
+    middle = np.where(np.arange(42) < 7, 6 - points.loss_P, points.loss_P)
+    tokens_P = np.where(np.arange(42) == 3, 40 * points.tokens_P, points.tokens_P)
+    for spoilt in (make(points.params_P, middle, flops=points.flops_P),
+                   make(points.params_P, points.loss_P, tokens_P, points.flops_P)):
+        fitted = LAWS["2"].fit(spoilt, 20, 0)
+        assert fitted.notes == ("the budget of 1e+18 FLOPs has no minimum among its sizes (7 runs): left out",)
+        assert fitted.parameters["b_opt"][0] == pytest.approx(0.52) and len(fitted.minima["flops"]) == 5
+
+
+def test_sizes_far_from_the_best_one_are_in_no_parabola():
+    """9 budgets of 13 sizes over four decades: among all of them the loss is no parabola, and N_opt would be up to 26% off."""
+    flops_P = np.repeat(np.geomspace(1e18, 1e21, 9), 13)
+    params_P = np.tile(np.geomspace(1e7, 1e11, 13), 9)
+    points = make(params_P, chinchilla(params_P, flops_P / 6 / params_P), flops=flops_P)
+    fitted = LAWS["2"].fit(points, 20, 0)
+    assert all("are more than 10 times larger or smaller than its best size" in note for note in fitted.notes)
+    p, best = CHINCHILLA, np.exp(np.log(fitted.minima["flops"] / 6) * 0.28 / 0.62)
+    best *= (p["alpha"] * p["A"] / p["beta"] / p["B"]) ** (1 / 0.62)
+    np.testing.assert_allclose(fitted.minima["N_opt"][0], best, rtol=0.05)
+    assert fitted.parameters["a_opt"][0] == pytest.approx(0.28 / 0.62, abs=0.01)
+    assert len(fitted.residual_P) == fitted.minima["runs"].sum() < len(points)
+
+
+def test_an_envelope_of_one_winner_has_no_slope():
+    """3 sizes: only the middle one can win, and its size doesn't grow with compute."""
+    params_P, tokens_P = (a.ravel() for a in np.meshgrid(np.geomspace(1e8, 1e10, 3), np.geomspace(1e9, 1e12, 20)))
+    with pytest.raises(InputError, match="60 runs have no envelope: 1 sizes win .*; approach 1 needs at least 4 sizes"):
+        LAWS["1"].fit(make(params_P, chinchilla(params_P, tokens_P), tokens=tokens_P), 20, 0)
 
 
 def test_budgets_that_scatter_by_a_few_percent_lead_to_the_same_optimum():

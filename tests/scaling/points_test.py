@@ -114,7 +114,13 @@ def test_seeds_are_one_rung():
     (HEAD + ROWS, COLUMNS, ["__import__('os').system('true')>1"], "--exclude: no column"),
     (HEAD + ROWS, COLUMNS, ["lss>4"], "--exclude: no column 'lss'; the file has Model Size"),
     (HEAD + "1e6,-1,4,a\n", COLUMNS, [], "flops: 1 of 1 rows of .* no positive number in 'Training FLOP', e.g. '-1' in line 2"),
-    (HEAD + ROWS.replace("1e6", "1M").replace("2e6", "2M"), COLUMNS, [], "params: 2 of 3 rows .* '1M' in line 2; name another"),
+    (HEAD + ROWS.replace("1e6", "1Q").replace("2e6", "2Q"), COLUMNS, [], "params: 2 of 3 rows .* '1Q' in line 2; name another"),
+    (HEAD + ROWS.replace("4.0", "4B").replace("3.5", "3B"), COLUMNS, [], "loss: 2 of 3 rows .* '4B' in line 2; name another"),
+    (HEAD.replace(",", ";") + "1e6;1e14;2,45;a\n", COLUMNS, [], "runs.csv: '2,45' in 'loss', line 2, has a decimal comma"),
+    (HEAD.replace(",", ";") + "70.000;1e14;2,345;a\n", COLUMNS, [], "'2,345' in 'loss', line 2, may be thousands or have"),
+    (HEAD + "1e6,1,000,000,4\n1e6,1e14,4,a\n", COLUMNS, [], "line 2 of .* has 5 cells, the head 4; .*needs quotes"),
+    (HEAD + ROWS, COLUMNS, ["LOSS>4", "los>4"], "--exclude: no column 'los'; the file has"),
+    ("loss,LOSS,Model Size,Training FLOP\n4,4,1e6,1e14\n", COLUMNS | {"loss": "Loss"}, [], "has 2 columns 'Loss'; rename one"),
     (HEAD + "1e6,4\n", COLUMNS, [], "line 2 of .* has 2 cells, the head 4"),
     (HEAD.replace("kind", "loss") + ROWS, COLUMNS, [], "loss: .* has 2 columns 'loss'; rename one"),
     (HEAD + "1e6,1.2e14,4.0,a\n" * 20_001, COLUMNS, [], "has 20001 rows; give one row a run"),
@@ -125,6 +131,56 @@ def test_bad_files_are_one_line(tmp_path, text, columns, exclude, message):
     with pytest.raises(InputError, match=message) as caught:
         read_csv(written(tmp_path, text), columns, exclude)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [
+    HEAD.replace(",", ";") + ROWS.replace(",", ";"),
+    HEAD.replace(",", "\t") + ROWS.replace(",", "\t"),
+    (HEAD + ROWS).replace("\n", "\r\n"),
+    HEAD.upper() + ROWS,
+    "\ufeff# of a paper, 2022\n\n" + HEAD + "# the small ones\n" + ROWS.replace("c\n", "c,\n") + "#\n",
+    "# " + HEAD + ROWS,
+    HEAD.replace(",", ", ") + ROWS.replace("1e6", '"1,000,000"').replace("2e6", '"2,000,000"'),
+    '"Model Size";Training FLOP;"loss, in nats; mean";kind\n' + ROWS.replace(",", ";"),
+    HEAD + ROWS.replace("1e6", "1M").replace("2e6", "0.002 B").replace("1.92e15", "1920 trillion"),
+    HEAD + ROWS.replace("2e6", "2 000 000").replace("4e6", "4'000'000.0"),
+])
+def test_a_file_may_be_written_in_many_ways(tmp_path, text):
+    """Semicolons, tabs, CRLF, capitals, comments, NumPy's head, trailing commas, grouped thousands, quoted names, scales."""
+    columns = COLUMNS | ({"loss": "loss, in nats; mean"} if "nats" in text else {})
+    points, _ = read_csv(written(tmp_path, text), columns, ["loss>9"])
+    np.testing.assert_allclose(points.params_P, [1e6, 2e6, 4e6])
+    np.testing.assert_allclose(points.flops_P, [1.2e14, 4.8e14, 1.92e15])
+    np.testing.assert_array_equal(points.loss_P, [4.0, 3.5, 5.0])
+
+
+def test_a_colour_is_no_comment(tmp_path):
+    text = "color," + HEAD + "".join(f"#fae{i},{row}\n" for i, row in enumerate(ROWS.split()))
+    assert len(read_csv(written(tmp_path, text), COLUMNS)[0]) == 3
+
+
+def test_one_comma_is_of_thousands_where_another_number_has_a_decimal_point(tmp_path):
+    text = HEAD + '"70,000",1.2e14,4.25,a\n"80,000",1.2e14,4.0,a\n'
+    np.testing.assert_array_equal(read_csv(written(tmp_path, text), COLUMNS)[0].params_P, [7e4, 8e4])
+    with pytest.raises(InputError, match="'70,000' in 'Model Size', line 2, may be thousands"):
+        read_csv(written(tmp_path, text.replace("4.25", "4").replace("4.0", "4").replace("1.2", "12")), COLUMNS)
+
+
+def test_conditions_know_scales_too(tmp_path):
+    assert read_csv(written(tmp_path, HEAD + ROWS), COLUMNS, ["Model Size<=2M"])[1] == {"Model Size<=2M": 2}
+
+
+def test_a_ladders_runs_have_names_and_say_who_diverged(tmp_path):
+    text = "params,tokens,loss,run,diverged\n1e6,1e8,4,a,0\n\n2e6,1e8,nan,b,1\n4e6,1e8,,c,0\n4e6,2e8,3,d,0\n2e6,2e8,3,e,0\n"
+    points, _ = read_csv(written(tmp_path, text), {})
+    assert points.names == ("a", "d", "e")
+    assert points.left_out == (("b", "diverged, as its file says"), ("c", "loss is empty"))
+
+
+def test_what_rises_is_no_loss():
+    points = ladder()
+    with pytest.raises(InputError, match="loss: .* of 80 runs end 10% above others .*; name a column that falls"):
+        without_diverged(make(points.params_P, 100 - 20 * points.loss_P, flops=points.flops_P))
 
 
 def test_a_file_that_is_not_there():

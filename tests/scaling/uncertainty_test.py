@@ -1,6 +1,7 @@
 """Intervals, outliers, the budget that is left out, and the whole analysis as plain data."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -132,33 +133,95 @@ def family(name: str, e: float, k: float, noise: float = 0.002, seed: int = 0):
 def test_two_families_cross_where_their_laws_do():
     """1.7 + 1000/C^0.15 and 1.8 + 934.1/C^0.15: equal at C = (65.9/0.1)^(1/0.15)."""
     truth = (65.9 / 0.1) ** (1 / 0.15)
-    found = crossing(family("small", 1.8, 1000 - 65.9, seed=1), family("large", 1.7, 1000, seed=2), 1e17, 1e21)
-    assert found["crossing"]["low"] < truth < found["crossing"]["high"]
+    small, large = family("small", 1.8, 1000 - 65.9, seed=1), family("large", 1.7, 1000, seed=2)
+    found = crossing(small, large, 1e17, 1e21)
+    turn, = found["crossings"]
+    assert turn["flops"]["low"] < truth < turn["flops"]["high"] and turn["to"] == "large" and not turn["extrapolated"]
     first, last = found["at"][0], found["at"][-1]
     assert (first["flops"], last["flops"]) == pytest.approx((1e17, 1e21))
     assert last["prefers"] == "large" and last["difference"]["low"] > 0 and last["first_share"] < 0.03
     assert first["difference"]["value"] < 0 and first["first_share"] > 0.5
+    turn, = crossing(small, large, 1e20, 1e21, beyond=1e3)["crossings"]  # the runs of both begin above it
+    assert turn["extrapolated"] and turn["flops"]["value"] == pytest.approx(truth, rel=3)
 
 
 def test_families_that_do_not_cross():
     better, worse = family("a", 1.7, 1000, seed=1), family("b", 1.9, 1000, seed=2)
     found = crossing(better, worse, 1e18, 1e21)
-    assert found["crossing"] is None and found["crossing_share"] < 0.2 and found["at"][4]["prefers"] == "a"
+    assert found["crossings"] == [] and found["crossing_share"] < 0.2 and found["at"][4]["prefers"] == "a"
     same = crossing(family("a", 1.7, 1000, seed=1), family("b", 1.7, 1000, seed=2), 1e18, 1e21)
     assert all(row["prefers"] is None for row in same["at"])
     with pytest.raises(InputError, match="no range"):
         crossing(better, worse, 1e21, 1e18)
 
 
+def known(name: str, e_T, k_T, gamma_T):
+    """A family whose optimum's loss is e + k / C^gamma."""
+    found = {"G": 1.0, "a_opt": 0.5, "H": 1.0, "b_opt": 0.5}
+    parameters = {key: np.full(21, value) for key, value in found.items()}
+    parameters |= {"E": np.array(e_T), "K": np.array(k_T), "gamma": np.array(gamma_T)}
+    return name, LAWS["2"], Fitted(parameters, np.zeros(9), ("",) * 9, 3)
+
+
 @pytest.mark.parametrize("e, k, end", [(1.6, 1000.0, 1e300), (1.9, 1000.0, 0.0)])
 def test_resamples_that_do_not_cross_count_as_beyond_the_end_where_they_would(e, k, end):
     """The first is better at small budgets. Where it always is, a resample crosses later; where it never is, earlier."""
-    def of(name, e_T, k_T):
-        found = {"G": 1.0, "a_opt": 0.5, "H": 1.0, "b_opt": 0.5, "gamma": 0.15}
-        parameters = {key: np.full(21, value) for key, value in found.items()} | {"E": np.array(e_T), "K": np.array(k_T)}
-        return name, LAWS["2"], Fitted(parameters, np.zeros(9), ("",) * 9, 3)
+    first = known("a", [1.8] + [e] * 20, [1000 - 65.9] + [k] * 20, [0.15] * 21)
+    found = crossing(first, known("b", [1.7] * 21, [1000.0] * 21, [0.15] * 21), 1e17, 1e21)
+    turn, = found["crossings"]
+    assert turn["flops"]["value"] == pytest.approx((65.9 / 0.1) ** (1 / 0.15), rel=0.01)
+    assert turn["flops"]["low"] == turn["flops"]["high"] == end and turn["share"] == found["crossing_share"] == 0
 
-    first = of("a", [1.8] + [e] * 20, [1000 - 65.9] + [k] * 20)
-    found = crossing(first, of("b", [1.7] * 21, [1000.0] * 21), 1e17, 1e21)
-    assert found["crossing"]["value"] == pytest.approx((65.9 / 0.1) ** (1 / 0.15), rel=0.01)
-    assert found["crossing"]["low"] == found["crossing"]["high"] == end and found["crossing_share"] == 0
+
+def test_laws_that_cross_twice_say_so_twice():
+    """1 + 20/C^0.1 and 1.05 + 100/C^0.15: the first is lower below 3e14 FLOPs or so, and again above 3e24."""
+    first, second = known("a", [1.0] * 21, [20.0] * 21, [0.1] * 21), known("b", [1.05] * 21, [100.0] * 21, [0.15] * 21)
+    flops_C = np.geomspace(1e8, 1e27, 20001)
+    gap_C = 1.0 + 20 / flops_C**0.1 - 1.05 - 100 / flops_C**0.15
+    turns = flops_C[1:][gap_C[1:] * gap_C[:-1] < 0]
+    found = crossing(first, second, 1e8, 1e27)["crossings"]
+    assert [turn["to"] for turn in found] == ["b", "a"]
+    assert [turn["flops"]["value"] for turn in found] == pytest.approx(turns, rel=0.01)
+
+
+def test_a_law_without_a_loss_at_its_optimum_has_no_crossing():
+    short = parabolas(0.002).take(np.arange(21))
+    with pytest.raises(InputError, match="points: b: fewer than 4 budgets have a minimum; add budgets"):
+        crossing(family("a", 1.7, 1000), ("b", LAWS["2"], LAWS["2"].fit(short, 200, 0)), 1e18, 1e21)
+
+
+def test_no_value_has_no_interval():
+    with pytest.raises(ValueError, match="no value"):
+        interval(np.array([np.nan, 1.0, 2.0]))
+
+
+def test_the_minima_of_the_budgets_are_given_with_intervals():
+    answer = analyse(parabolas(0.003), "2", bootstrap=100)
+    assert [row["runs"] for row in answer["budgets"]] == [7] * 6
+    for row in answer["budgets"]:
+        flops = row["flops"]
+        best = {"N_opt": 0.1 * flops**0.48, "D_opt": flops**0.52 / 0.6, "loss": 1.7 + 1000 / flops**0.15}
+        for name, truth in best.items():
+            reach = row[name]["high"] - row[name]["low"]
+            assert row[name]["low"] - reach < truth < row[name]["high"] + reach
+
+
+def test_perplexities_are_suspected_even_of_good_models():
+    """Their median is 9 here: no loss in nats or bits is impossible, but a tenth of them is above 12."""
+    points = ladder(0.003)
+    perplexity_P = np.exp(points.loss_P - 0.65)
+    assert 8 < np.median(perplexity_P) < 10
+    notes = analyse(make(points.params_P, perplexity_P, flops=points.flops_P), "3", bootstrap=20)["notes"]
+    assert any("perplexities?" in note for note in notes)
+
+
+@pytest.mark.parametrize("change, note", [
+    ({"flops": 1e-9}, "FLOPs are 6e-09 times parameters times tokens, 6 as a rule"),
+    ({"params": 1e-9}, r"there are 2\S*e.10 tokens a parameter .median.: are they in other units"),
+])
+def test_numbers_in_other_units_are_suspected(change, note):
+    points = ladder(0.003)
+    scale = {"params": 1.0, "flops": 1.0} | change
+    answer = analyse(make(points.params_P * scale["params"], points.loss_P, points.tokens_P,
+                          points.flops_P * scale["flops"] * scale["params"]), "3", bootstrap=20)
+    assert any(re.search(note, found) for found in answer["notes"])
