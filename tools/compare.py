@@ -96,6 +96,7 @@ def draw(summary: dict[str, Any], path: str) -> None:
             tops.append(loss[len(loss) // 20])  # the first fall would flatten all that matters
         lowest = min(min(smooth(np.array(curve["loss"]))) for curve in summary["curves"].values())
         plot.set(xlabel=UNITS[axis], ylabel="training loss (nats/token)")
+        plot.ticklabel_format(axis="x", scilimits=(-3, 4))  # longer numbers would run into each other
         plot.set_ylim(lowest - 0.05 * (max(tops) - lowest + 1e-3), max(tops) + 0.05 * (max(tops) - lowest + 1e-3))
         plot.grid(alpha=0.3)
     panels["steps"].legend(fontsize="small")
