@@ -22,9 +22,10 @@ PRESETS: dict[str, Callable[[], Config]] = {function.__name__: function for func
     recurrent.rwkv4_tiny, recurrent.rwkv4_small, recurrent.rwkv4_169m, recurrent.rwkv4_430m, recurrent.rwkv4_1_5b,
     recurrent.rwkv4_3b, recurrent.rwkv4_7b, recurrent.rwkv4_14b, recurrent.rwkv7_tiny, recurrent.rwkv7_small,
     recurrent.rwkv7_190m, recurrent.rwkv7_450m, recurrent.rwkv7_1_5b, recurrent.rwkv7_2_9b,
-    recurrent.gated_delta_tiny, recurrent.gated_delta_small,
+    recurrent.gated_delta_tiny, recurrent.gated_delta_small, recurrent.gated_linear_tiny, recurrent.gated_linear_small,
     hybrids.jamba_tiny, hybrids.jamba_small, hybrids.jamba_v0_1, hybrids.griffin_tiny, hybrids.griffin_small,
-    hybrids.hybrid_tiny, hybrids.hybrid_small, ladder.ladder_transformer, ladder.ladder_mamba2)}
+    hybrids.hybrid_tiny, hybrids.hybrid_small, hybrids.windowed_tiny, hybrids.windowed_small,
+    ladder.ladder_transformer, ladder.ladder_mamba2)}
 
 
 def preset(name: str) -> Config:

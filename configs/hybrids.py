@@ -1,4 +1,5 @@
-"""Several mixers in one model: Jamba (Lieber et al. 2024), Griffin (De et al. 2024), a Transformer with Mamba-2 layers."""
+"""Several mixers in one model: Jamba (Lieber et al. 2024), Griffin (De et al. 2024), a Transformer with Mamba-2 layers, and one
+with windows in every second layer (Gemma 2, 2024)."""
 
 from configs.recipes import published, small, tiny
 from research.config import MixerConfig
@@ -61,3 +62,17 @@ def hybrid_tiny() -> Config:
 def hybrid_small() -> Config:
     mamba, mlp = Mamba2(head_dim=32, state=64, chunk=64), GatedMlp(hidden=704)
     return small("hybrid_small", Stage((mamba, mlp, mamba, mlp, Attention(heads=4), mlp), 4))
+
+
+def _windowed(heads: int, kv_heads: int, window: int, mlp: GatedMlp) -> tuple[MixerConfig, ...]:
+    """A layer that sees a window, then one that sees the whole row."""
+    local, whole = Attention(heads=heads, kv_heads=kv_heads, window=window), Attention(heads=heads, kv_heads=kv_heads)
+    return local, mlp, whole, mlp
+
+
+def windowed_tiny() -> Config:
+    return tiny("windowed_tiny", Stage(_windowed(4, 2, 32, GatedMlp(hidden=88, activation="gelu")), 1))
+
+
+def windowed_small() -> Config:
+    return small("windowed_small", Stage(_windowed(4, 2, 128, GatedMlp(hidden=704, activation="gelu")), 6))

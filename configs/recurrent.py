@@ -1,4 +1,5 @@
-"""RWKV-4 (Peng et al. 2023, table 2), RWKV-7 "Goose" (Peng et al. 2025), gated delta net (Yang et al. 2024)."""
+"""RWKV-4 (Peng et al. 2023, table 2), RWKV-7 "Goose" (Peng et al. 2025), gated delta net (Yang et al. 2024), and without its
+delta rule gated linear attention."""
 
 from configs.recipes import LAYERNORM, published, small, tiny
 from research.models.gated_delta import GatedDelta
@@ -89,3 +90,12 @@ def gated_delta_tiny() -> Config:
 
 def gated_delta_small() -> Config:
     return small("gated_delta_small", Stage((GatedDelta(heads=4, key_dim=48), GatedMlp(hidden=704)), 9))
+
+
+def gated_linear_tiny() -> Config:
+    mixer = GatedDelta(heads=2, key_dim=16, chunk=16, delta=False)
+    return tiny("gated_linear_tiny", Stage((mixer, GatedMlp(hidden=88)), 2))
+
+
+def gated_linear_small() -> Config:
+    return small("gated_linear_small", Stage((GatedDelta(heads=4, key_dim=48, delta=False), GatedMlp(hidden=704)), 9))

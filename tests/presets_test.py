@@ -10,7 +10,11 @@ import pytest
 from configs import PRESETS
 from experiments import command_line  # noqa: F401  (defines the flags that tools.inspect_model reads)
 from research.interop.huggingface import _family_of
+from research.models.attention import Attention
+from research.models.gated_delta import GatedDelta
+from research.models.mixers import MIXERS
 from research.training.loop import Launch, run
+from tests.spikes import SPIKES
 from tools.inspect_model import summary
 
 # Exact numbers of parameters, of the published checkpoints named. transformers' model of the config.json that we write gives
@@ -104,6 +108,17 @@ def test_every_preset_is_listed(rows):
             assert 8e6 < row["params"] < 13e6, (name, row["params"])
     assert {name.removesuffix("_tiny") for name in PRESETS if name.endswith("_tiny")} == {
         name.removesuffix("_small") for name in PRESETS if name.endswith("_small")}
+
+
+def test_every_mixer_has_a_tiny_preset():
+    """Linear attention without the delta rule, and windows beside whole rows, too."""
+    tiny = {name: PRESETS[name]().model.stages for name in PRESETS if name.endswith("_tiny")}
+    used = {name: [mixer for stage in stages for mixer in stage.pattern] for name, stages in tiny.items()}
+    kinds = {type(mixer).__name__ for pattern in used.values() for mixer in pattern}
+    assert set(MIXERS) - set(SPIKES) - kinds == {"Parallel"}
+    assert {mixer.delta for pattern in used.values() for mixer in pattern if isinstance(mixer, GatedDelta)} == {True, False}
+    windows = [{mixer.window for mixer in pattern if isinstance(mixer, Attention)} for pattern in used.values()]
+    assert any(None in found and len(found) == 2 for found in windows)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 A line a weight: path, shape, logical axes, the axes summed over, role, sharding, size; then totals, FLOPs a token, and the
 bytes of the parameters and of the decode state. `--chips=64 --set mesh.rules=fsdp` shows the sharding on so many chips.
-`--list` shows the presets.
+`--list` shows the presets (`--json`: under `configs`).
 """
 
 import jax
@@ -61,7 +61,7 @@ def main(_: list[str]) -> int:
     if FLAGS.list:
         rows = [summary(make()) for make in PRESETS.values()]
         if FLAGS.json:
-            command_line.print_json({"presets": rows})
+            command_line.print_json({"configs": rows})
         else:
             table = [["name", "family", "params", "active", "train FLOPs/token", "state bytes at 4096"]]
             table += [[r["name"], r["family"], f"{r['params']:,}", f"{r['active_params']:,}", f"{r['flops_per_token']:.3g}",

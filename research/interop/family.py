@@ -16,7 +16,8 @@ class Family:
     """`model_type`, `architecture`: as config.json says them. `known`: the settings that are read, with their defaults.
     `fixed`: settings that may only have the value that is implemented here. `read`: settings -> our model; `write`: back, or
     None for a model of another family. `per_layer`: mixers a layer of theirs. `optional_prefix`: some checkpoints leave it
-    out. `ignored`: a pattern of what is stored, but computed: masks, frequencies.
+    out. `ignored`: a pattern of what is stored, but computed: masks, frequencies. A setting that is null has its default, like
+    one that isn't there, but for those of `derived`, whose default is a number and whose null follows from other settings.
     """
 
     model_type: str
@@ -29,16 +30,19 @@ class Family:
     per_layer: int = 2
     optional_prefix: str = ""
     ignored: str = r"$^"
+    derived: tuple[str, ...] = ()
 
     def settings(self, config: Mapping[str, Any]) -> Settings:
         """The known settings of a config.json. Raises InputError: one of another type, or one that isn't implemented."""
         for name, value in self.fixed.items():
-            if name in config and config[name] != value:
+            if name in config and config[name] not in (value, None):
                 raise InputError(f"config.json: {name}", f"{config[name]!r} is not implemented", f"only {value!r} is")
         found = dict(self.known)
         for name in found:
             if name in config and config[name] is not None:
                 found[name] = _typed(name, config[name], self.known[name])
+            elif name in config and name in self.derived:
+                found[name] = None
         return found
 
     def model(self, config: Mapping[str, Any]) -> ModelConfig:

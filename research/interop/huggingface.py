@@ -1,7 +1,10 @@
 """Models of Hugging Face's transformers, in and out: config, weights (safetensors) and tokenizer, one tensor at a time.
 
-At its peak a conversion holds about three copies of the largest tensor on disk (theirs: a layer's matrix, an expert's or the
-embedding): as read, in our layout, compressed. The export of a run that was trained here holds one array of all layers, too.
+A tensor is one of theirs: a layer's matrix, an expert's, or the embedding. Beside a few copies of the largest (as read, in our
+layout, compressed) a conversion holds buffers of some ten MiB: measured, in either direction, 31 to 77 MiB for a Llama of 388
+whose largest tensor has 4, and 80 to 148 MiB for one of 1544 with 16 (tests/interop/memory_test.py).
+The export of a run that was trained here also holds what its checkpoint has as one chunk, of every weight that the tensor is
+made of: all layers that a device had, or what of them is within 2 GiB, at which Orbax cuts; and it reads such chunks whole.
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ from research.interop import safetensors_files
 from research.interop.families import FAMILIES
 from research.interop.family import Family
 from research.interop.parameter_store import ParameterReader, ParameterWriter
-from research.interop.safetensors_files import TensorFiles, read_json
+from research.interop.safetensors_files import TensorFiles, inside, read_json
 from research.interop.tensor_map import Theirs, tensor_map
 from research.models.attention import Attention
 from research.models.lm import LanguageModel
@@ -37,11 +40,14 @@ from research.training.workdir import is_remote, read_config, write_config
 
 # Settings of ours that don't change the function, or only its training; theirs have no place for them.
 TRAINING_ONLY = ("implementation", "balance_loss", "z_loss", "depth", "chunk", "dt_min", "dt_max", "dt_floor")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SHARD_BYTES = 5_000_000_000
 
 
 def import_model(source: str, workdir: str, dtype: str | None = None) -> dict[str, Any]:
-    """Makes a run directory at `workdir` of the model in the directory `source`. `dtype`: of the weights, None = as they are.
+    """Makes a run directory at `workdir` of the model in the directory `source`.
+
+    `dtype`: of the weights, in which they are computed, too. None = as they are; of float16 they are computed in float32.
 
     Returns:
       {"family", "params", "tensors", "tokenizer"}, the last whether there was one.
@@ -59,20 +65,20 @@ def import_model(source: str, workdir: str, dtype: str | None = None) -> dict[st
     files = TensorFiles.open(directory)
     theirs = tensor_map(LanguageModel(model), family.rows, family.per_layer)
     names = _match(family, theirs, files, model.tie_embeddings)
-    tokenizer = HuggingFaceTokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
+    tokenizer = _import_tokenizer(directory)
     arrays = _our_arrays(model, theirs, names, files, dtype)
-    # Computed in the dtype of the weights; training goes on with float32 weights.
-    model = dataclasses.replace(model, compute_dtype=str(arrays["embedding/table"][1]))
+    model = dataclasses.replace(model, compute_dtype=_compute_dtype(arrays, dtype))  # training goes on with float32 weights
     with _Undone(output):
         writer = ParameterWriter(output, arrays, {part.path: len(part.index) for t in theirs.values() for part in t.parts})
         for name, tensor in _progress(theirs, "importing"):
             value = files.read(names[name])
             for part in tensor.parts:
                 writer.write(part.path, part.index, part.take(value))
+            del value  # its memory, before the next is read
         if tokenizer:
             tokenizer.save(output / TOKENIZER)
         else:
-            logging.warning("%s has no tokenizer.json: the run can be given token ids, but no text", directory)
+            logging.warning("%s has no %s: the run can be given token ids, but no text", directory, TOKENIZER_FILES[0])
         data = DataConfig(sources=(Source("sourcecode"),), seq_len=min(1024, model.max_len),
                           tokenizer=str(output / TOKENIZER) if tokenizer else "bytes")
         start = Config(name=family.model_type, model=model, data=data, optim=OptimConfig(lr=1e-4, warmup_steps=100))
@@ -200,6 +206,16 @@ def _our_arrays(model: ModelConfig, theirs: Mapping[str, Theirs], names: Mapping
             for path, dtypes in found.items()}
 
 
+def _compute_dtype(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]], asked: str | None) -> str:
+    """That of the embedding, as it is stored."""
+    stored = str(arrays["embedding/table"][1])
+    if asked or stored != "float16":
+        return stored
+    logging.info("the weights are float16 and stay so, computed in float32: gradients leave float16's range; faster: "
+                 "--dtype=bfloat16, or --set model.compute_dtype=bfloat16 in training")
+    return "float32"
+
+
 def _promoted(dtypes: Any) -> np.dtype:
     return np.dtype(jnp.result_type(*dtypes))
 
@@ -242,8 +258,8 @@ def _plain(model: ModelConfig) -> ModelConfig:
                 fields["rope_scaling"] = dataclasses.replace(scaling, high=scaling.turns_kept)
             pattern.append(dataclasses.replace(mixer, **fields))
         stages += pattern * stage.repeats
-    return dataclasses.replace(model, stages=(Stage(tuple(stages)),), dropout=0.0, remat="none", param_dtype="float32",
-                               compute_dtype="float32")
+    return dataclasses.replace(model, stages=(Stage(tuple(stages)),), dropout=0.0, remat="none", unroll=1,
+                               param_dtype="float32", compute_dtype="float32")
 
 
 def _usual(mixer: MixerConfig, dim: int) -> dict[str, int]:
@@ -251,6 +267,14 @@ def _usual(mixer: MixerConfig, dim: int) -> dict[str, int]:
     if isinstance(mixer, Attention):
         return {"kv_heads": mixer.heads, "head_dim": dim // mixer.heads}
     return {"width": dim} if isinstance(mixer, Rwkv4TimeMix) else {"dt_rank": -(-dim // 16)} if isinstance(mixer, Mamba) else {}
+
+
+def _import_tokenizer(directory: pathlib.Path) -> HuggingFaceTokenizer | None:
+    """None where there is none. Raises InputError: a file of it leads out of the directory, or can't be read."""
+    found = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
+    for name in found:
+        inside(directory, name)
+    return HuggingFaceTokenizer.from_directory(directory) if TOKENIZER_FILES[0] in found else None
 
 
 def _export_tokenizer(directory: pathlib.Path, output: pathlib.Path) -> dict[str, int]:

@@ -38,7 +38,8 @@ def _read(settings: Settings) -> ModelConfig:
     s = settings
     offsets = {name: default if s[name] is None else s[name] for name, default in _OFFSETS.items()}
     act = activation("hidden_act", s["hidden_act"])
-    heads, kv_heads = s["num_attention_heads"], s["num_key_value_heads"]
+    heads = s["num_attention_heads"]
+    kv_heads = s["num_key_value_heads"] or heads
     attention = Attention(heads=heads, kv_heads=None if kv_heads == heads else kv_heads, positions="none")
     mamba = Mamba(expand=s["mamba_expand"], state=s["mamba_d_state"], conv=s["mamba_d_conv"], conv_bias=s["mamba_conv_bias"],
                   dt_rank=rank(s["mamba_dt_rank"], s["hidden_size"]), norms=True, norm_eps=s["rms_norm_eps"])
@@ -86,4 +87,5 @@ def _places(found: list[bool], layers: int) -> tuple[int, int]:
     return (0, 1) if not at else (at[0], at[1] - at[0] if len(at) > 1 else layers)
 
 
-JAMBA = Family("jamba", "JambaForCausalLM", _KNOWN, {"mamba_proj_bias": False}, _read, _write, _ROWS)
+JAMBA = Family("jamba", "JambaForCausalLM", _KNOWN, {"mamba_proj_bias": False}, _read, _write, _ROWS,
+               derived=("num_key_value_heads",))

@@ -44,6 +44,7 @@ def read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
     rope: Mapping[str, Any] = settings["rope_parameters"] or settings["rope_scaling"] or {}
     if not isinstance(rope, dict):
         raise InputError("config.json: rope_scaling", f"{rope!r} is not a table of values", "download the model again")
+    rope = {key: value for key, value in rope.items() if value is not None}
     base = rope["rope_theta"] if "rope_theta" in rope else settings["rope_theta"]
     kind = next((rope[key] for key in ("rope_type", "type") if key in rope), "default")
     names = {"linear": {"factor": "factor"},
@@ -56,11 +57,11 @@ def read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
     if kind not in names:
         raise InputError("config.json: rope_type", f"{kind!r} is not implemented", nearest(str(kind), list(names)))
     for key in rope:
-        if key not in (*names[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor") and rope[key] is not None:
+        if key not in (*names[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor"):
             raise InputError(f"config.json: {key}", f"is not implemented for {kind}", f"known: {', '.join(names[kind])}")
-    if "partial_rotary_factor" in rope and rope["partial_rotary_factor"] not in (None, 1.0):
+    if "partial_rotary_factor" in rope and rope["partial_rotary_factor"] != 1.0:
         raise InputError("config.json: partial_rotary_factor", "is not implemented", "only 1.0 is")
-    values = {ours: rope[theirs] for theirs, ours in names[kind].items() if theirs in rope and rope[theirs] is not None}
+    values = {ours: rope[theirs] for theirs, ours in names[kind].items() if theirs in rope}
     if kind == "yarn" and "original_len" not in values:
         values["original_len"] = settings["max_position_embeddings"]
     try:
@@ -158,9 +159,11 @@ QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM",
     _UNBIASED | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
                  "max_position_embeddings": 32768, "attention_bias": False},
-    {"use_sliding_window": False}, read_qwen3, write_qwen3, (*_AROUND, *_ATTENTION, *_MLP))
+    {"use_sliding_window": False}, read_qwen3, write_qwen3, (*_AROUND, *_ATTENTION, *_MLP),
+    derived=("num_key_value_heads", "head_dim"))
 MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM",
     _UNBIASED | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
                  "rope_theta": 1e6, "sliding_window": None, "num_experts_per_tok": 2, "num_local_experts": 8},
-    {}, read_mixtral, write_mixtral, (*_AROUND, *(row for row in _ATTENTION if row.layout == "linear"), *_EXPERTS))
+    {}, read_mixtral, write_mixtral, (*_AROUND, *(row for row in _ATTENTION if row.layout == "linear"), *_EXPERTS),
+    derived=("num_key_value_heads",))

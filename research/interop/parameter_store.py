@@ -26,6 +26,7 @@ from research.training.restore import checkpoint_step
 from research.training.workdir import write_json
 
 ITEMS = ("params", "meta")
+_SUMMED = 2**20  # elements whose checksum is computed at a time: they are copied for it
 _META = ("meta", "metadata")  # where Orbax keeps the composite's JSON item
 
 
@@ -38,6 +39,12 @@ def _spec(directory: pathlib.Path, path: str) -> dict[str, Any]:
 def _index_of(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
     """How many elements come before array[index]."""
     return sum(i * math.prod(shape[axis + 1:]) for axis, i in enumerate(index))
+
+
+def _checksum(value: np.ndarray, start: int) -> int:
+    """`checksum_of_part`, a piece at a time."""
+    flat = value.reshape(-1)
+    return sum(checksum_of_part(jnp.asarray(flat[i:i + _SUMMED]), start + i) for i in range(0, flat.size, _SUMMED))
 
 
 class ParameterWriter:
@@ -68,7 +75,7 @@ class ParameterWriter:
     def write(self, path: str, index: tuple[int, ...], value: np.ndarray) -> None:
         shape, dtype = self._arrays[path]
         value = value.astype(dtype, copy=False)
-        self._sums[path] += checksum_of_part(jnp.asarray(value), _index_of(index, shape))
+        self._sums[path] += _checksum(value, _index_of(index, shape))
         self._open[path][index].write(value).result()
         self._missing[path] -= 1
 
@@ -93,7 +100,8 @@ class ParameterWriter:
 class ParameterReader:
     """Reads the parameters of a checkpoint of `workdir` (the latest by default) in pieces, and checks their checksums.
 
-    They are the averaged ones where the run averages. An array that was stored whole is held whole until another is read.
+    They are the averaged ones where the run averages. What was stored as one chunk is held until another of its array is read:
+    a layer's part of an imported model, all layers that a device of a run had.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int | None = None):
@@ -105,33 +113,37 @@ class ParameterReader:
         self._directory = directory / self._item
         self.arrays = {path: (tuple(shape), np.dtype(jnp.dtype(dtype)))
                        for path, (shape, dtype) in self._meta[self._item].items()}
-        self._held: dict[str, Any] = {}  # the whole array, or, where it is stored in the pieces that are read, its store
+        self._stores: dict[str, Any] = {}
+        self._held: dict[str, tuple[tuple[int, ...], np.ndarray]] = {}  # path -> (where it begins, what was read last)
         self._sums = dict.fromkeys(self.arrays, 0)
 
     def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
         """array[index]; every part must be read once before `verify`."""
-        shape, dtype = self.arrays[path]
-        if path not in self._held:
-            self._held[path] = self._open(path, len(index))
-        array = self._held[path]
-        value = np.asarray(array[index] if isinstance(array, np.ndarray) else array[index].read().result())
-        if (value.dtype, value.shape) != (dtype, shape[len(index):]):
-            raise InputError("--input", f"{path} isn't the array that its checkpoint says", "restore the run's files")
-        self._sums[path] += checksum_of_part(jnp.asarray(value), _index_of(index, shape))
+        if path not in self._stores:
+            self._stores[path] = self._open(path)
+        store, (shape, _) = self._stores[path], self.arrays[path]
+        chunk = store.chunk_layout.read_chunk.shape[:len(index)]
+        start = tuple(i - i % size for i, size in zip(index, chunk))
+        if path not in self._held or self._held[path][0] != start:
+            self._held.pop(path, None)  # its memory, before the next comes
+            rows = tuple(slice(i, min(i + size, whole)) for i, size, whole in zip(start, chunk, shape))
+            self._held[path] = start, np.asarray(store[rows].read().result())
+        value = self._held[path][1][tuple(i - first for i, first in zip(index, start))]
+        self._sums[path] += _checksum(value, _index_of(index, shape))
         return value
 
-    def _open(self, path: str, leading: int) -> Any:
+    def _open(self, path: str) -> Any:
         try:
-            array = tensorstore.open(_spec(self._directory, path), read=True).result()
-            if any(size > 1 for size in array.chunk_layout.read_chunk.shape[:leading]):
-                array = np.asarray(array.read().result())
+            store = tensorstore.open(_spec(self._directory, path), read=True).result()
         except ValueError as error:
             raise InputError("--input", f"{path} of step {self.step} can't be read ({str(error).splitlines()[0]})",
                              "restore the run's files") from None
-        return array
+        if (tuple(store.shape), store.dtype.numpy_dtype) != self.arrays[path]:
+            raise InputError("--input", f"{path} isn't the array that its checkpoint says", "restore the run's files")
+        return store
 
     def release(self) -> None:
-        """Frees the arrays that are held whole."""
+        """Frees what is held."""
         self._held.clear()
 
     def verify(self) -> None:

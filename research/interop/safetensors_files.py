@@ -178,6 +178,7 @@ def write(directory: pathlib.Path, tensors: Mapping[str, tuple[np.dtype, tuple[i
                 if (array.dtype, array.shape) != tensors[name]:
                     raise ValueError(f"{name}: {array.dtype}{array.shape} is not {tensors[name]}")
                 array.tofile(out)
+                del array  # its memory, before the next is made
                 yield name
             out.flush()
             os.fsync(out.fileno())

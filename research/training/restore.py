@@ -4,6 +4,7 @@ from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -88,8 +89,11 @@ def checkpoint_step(workdir: str | epath.Path, step: int | None, field: str) -> 
 
 
 def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: int | None = None, *,
-                field: str = "--workdir") -> tuple[dict, int]:
+                places: Mapping[str, jax.Array] | None = None, field: str = "--workdir") -> tuple[dict, int]:
     """The parameters alone of a run's checkpoint (the latest by default) and its step; laid out like `abstract` if given.
+
+    Else they go to the first device; with `places`, those that it has (by path and shape) go where it has them, and the
+    others to the host, as numpy's arrays, unchecked.
 
     Where the run averages (an EMA, schedule-free), they are the averaged ones, in the dtype of the trained.
 
@@ -105,8 +109,7 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if abstract is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            abstract = unflatten({path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=device)
+            abstract = unflatten({path: _placed(path, tuple(shape), jnp.dtype(dtype), places)
                                   for path, (shape, dtype) in meta["params"].items()})
         else:
             _same_arrays(meta["params"], describe_arrays(abstract))
@@ -114,14 +117,25 @@ def load_params(workdir: str | epath.Path, abstract: Any | None = None, step: in
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})  # casts to the dtype of `abstract`
         found = reader.restore(place, args=args)[item]
     if meta[item] == describe_arrays(abstract):  # else the checksums are of the dtype before the cast
-        verify({item: found}, signed, step)
+        on_devices = {path: x for path, x in flatten(found).items() if isinstance(x, jax.Array)}
+        verify({item: on_devices}, signed, step)
     return found, step
+
+
+def _placed(path: str, shape: tuple[int, ...], dtype: jnp.dtype, places: Mapping[str, jax.Array] | None) -> Any:
+    """What Orbax is to restore an array as."""
+    if places is None:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    if path in places and places[path].shape == shape:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=places[path].sharding)
+    return np.broadcast_to(np.zeros((), dtype), shape)  # of no memory
 
 
 def initialise_from(workdir: str, params: Any) -> Any:
     """`params` with those that the run at `workdir` also has (same path and shape) replaced; logs what isn't found there."""
-    found, step = load_params(workdir, field="train.init_from")
-    ours, theirs = flatten(params), flatten(found)
+    ours = flatten(params)
+    found, step = load_params(workdir, places=ours, field="train.init_from")
+    theirs = flatten(found)
     taken = {path for path in ours if path in theirs and theirs[path].shape == ours[path].shape}
     if not taken:
         raise InputError("train.init_from", f"{workdir} shares no parameter with this model", "choose a run of this family")

@@ -59,7 +59,7 @@ def test_generate_by_ids_as_json(home, trained):
 
 
 def test_inspect_model(home):
-    listed = json.loads(call(home, "tools.inspect_model", "--list", "--json").stdout)["presets"]
+    listed = json.loads(call(home, "tools.inspect_model", "--list", "--json").stdout)["configs"]
     assert {"name", "family", "params", "active_params", "flops_per_token", "state_bytes_4096"} <= set(listed[0])
     assert "quickstart" in {row["name"] for row in listed}
     shown = json.loads(call(home, "tools.inspect_model", "--config=quickstart", "--chips=4", "--set=mesh.rules=fsdp",

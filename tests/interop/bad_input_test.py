@@ -11,7 +11,7 @@ import pytest
 from configs import PRESETS
 from research.errors import InputError
 from research.interop import safetensors_files
-from research.interop.huggingface import _family_of, export_model, import_model
+from research.interop.huggingface import TOKENIZER_FILES, _family_of, export_model, import_model
 from research.interop.llama import LLAMA
 from research.interop.tensor_map import tensor_map
 from research.models.lm import LanguageModel
@@ -115,6 +115,17 @@ def test_paths_that_leave_the_directory(model, path):
     index = {"weight_map": dict.fromkeys(tensors(), path)}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(model, path, "leads out of")
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+@pytest.mark.parametrize("there", [True, False])
+def test_tokenizers_that_leave_the_directory(model, name, there):
+    """Whatever the link leads to: a file of another one's must not become part of a run, nor be asked for."""
+    other = model.parent / "secret.json"
+    if there:
+        other.write_text("{}")
+    os.symlink(other, model / name)
+    refused(model, name, "leads out of")
 
 
 def test_a_hub_cache_s_links_are_followed(tmp_path):

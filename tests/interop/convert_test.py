@@ -8,13 +8,18 @@ import sys
 
 import numpy as np
 import pytest
+from etils import epath
 
+from research.config import override
 from research.data.tokenizer import load_tokenizer
 from research.interop.huggingface import export_model, import_model
+from research.models.lm import LanguageModel
 from research.params import flatten
 from research.schema import EXIT_BAD_INPUT
 from research.training.restore import load_params
+from research.training.workdir import read_config, write_config
 from tests.interop.bad_input_test import save, tensors
+from tests.interop.models import our_logits
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TEXT = 'def f(x):\n    return "Größe, 你好" + str(x)\n'
@@ -68,6 +73,39 @@ def test_weights_of_another_dtype_are_those_that_are_loaded(dtype, tmp_path):
     for path, value in plain.items():
         assert found[path].dtype == dtype, path
         np.testing.assert_array_equal(found[path], value.astype(dtype), path)
+
+
+def test_float16_weights_are_computed_in_float32(tmp_path, caplog):
+    """As they are in the file, and in the export; a run trains in float16 only where it was asked for by name."""
+    caplog.set_level("INFO", logger="absl")
+    stored = {name: x.astype(np.float16) for name, x in tensors().items()}
+    model = save(tmp_path / "model", stored)
+    import_model(str(model), str(tmp_path / "run"))
+    assert read_config(tmp_path / "run").model.compute_dtype == "float32"
+    assert "the weights are float16" in caplog.text
+    assert {str(x.dtype) for x in flatten(load_params(tmp_path / "run")[0]).values()} == {"float16"}
+    wide = save(tmp_path / "wide", {name: x.astype(np.float32) for name, x in stored.items()})
+    import_model(str(wide), str(tmp_path / "exact"))
+    words = np.random.default_rng(1).integers(0, 13, size=(2, 9))
+    np.testing.assert_array_equal(our_logits(tmp_path / "run", words), our_logits(tmp_path / "exact", words))
+    export_model(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    for dtype in ("float16", "bfloat16"):
+        import_model(str(model), str(tmp_path / dtype), dtype)
+        assert read_config(tmp_path / dtype).model.compute_dtype == dtype
+
+
+def test_a_run_of_unrolled_layers_is_exported(tmp_path):
+    """`model.unroll` is how a scan is compiled: the weights are the same, layer by layer."""
+    model = save(tmp_path / "model", tensors())
+    import_model(str(model), str(tmp_path / "run"))
+    config = read_config(tmp_path / "run")
+    write_config(epath.Path(tmp_path / "run"), override(config, {"model.unroll": 2}), "")
+    assert read_config(tmp_path / "run").model.unroll == 2
+    export_model(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    unrolled, plain = (LanguageModel(override(config, {"model.unroll": n}).model).weights for n in (2, 1))
+    assert unrolled == plain
 
 
 @pytest.mark.slow

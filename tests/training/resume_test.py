@@ -17,9 +17,11 @@ from research.config import override
 from research.errors import InputError, Interrupted
 from research.params import flatten, params_sha256
 from research.schema import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from research.training import restore
 from research.training.checkpoint import Checkpointer
 from research.training.loop import Launch, run
-from research.training.restore import load_params
+from research.training.program import make_program
+from research.training.restore import initialise_from, load_params
 from research.training.state import init_state
 from research.training.workdir import read_config, read_rows
 from tests.training.common import one_device, random_batch
@@ -189,6 +191,24 @@ def test_params_load_by_path_and_say_what_is_missing(undisturbed, cache, tmp_pat
     loaded, _ = load_params(tmp_path)
     np.testing.assert_array_equal(flatten(loaded)["embedding/table"], flatten(params)["embedding/table"])
     assert "unembedding/kernel is not used by this model" in caplog.text
+
+
+def test_weights_to_begin_with_go_where_they_will_rest(undisturbed, monkeypatch):
+    """Read by each device for itself: a model that no one device holds begins from another run, too."""
+    workdir, config, result = undisturbed
+    program = make_program(override(config, {"mesh.rules": "fsdp", "model.tie_embeddings": True}))
+    params = init_state(program.model.init, program.optimizer, program.layout, 1).params
+    wanted = {path: x.sharding for path, x in flatten(params).items()}
+    assert any(not sharding.is_fully_replicated for sharding in wanted.values())
+    checked = {}
+    monkeypatch.setattr(restore, "verify", lambda arrays, *_: checked.update(arrays["params"]))
+    found = initialise_from(str(workdir), params)
+    assert {path: x.sharding for path, x in checked.items()} == wanted  # as they were read; the unused one isn't there
+    assert {path: x.sharding for path, x in flatten(found).items()} == wanted
+    monkeypatch.undo()
+    whole, _ = load_params(workdir)
+    for path, value in flatten(initialise_from(str(workdir), params)).items():
+        np.testing.assert_array_equal(value, flatten(whole)[path])
 
 
 def test_the_saved_state_is_the_state_though_it_was_donated(tmp_path, cache):
