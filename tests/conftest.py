@@ -5,7 +5,9 @@ RUNG_TEST_CACHE names the directory of compiled programs (default: under pytest'
 is quick.
 """
 
+import gc
 import os
+import pathlib
 import re
 
 from tests.slow import SLOW
@@ -13,6 +15,7 @@ from tests.slow import SLOW
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # For the TPU's compiler, which looks for a machine that isn't there, and may be at work in pytest's other process, too.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | os.environ
+MOST_MAPPINGS = 20_000
 FLAG = "--xla_force_host_platform_device_count"
 os.environ.setdefault("XLA_FLAGS", "")
 if FLAG not in os.environ["XLA_FLAGS"]:
@@ -50,6 +53,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     partly = any("::" in argument for argument in config.args) or config.getoption("lf", False)  # not all are collected
     if stale and not partly:
         raise pytest.UsageError(f"tests/slow.py: {', '.join(stale)} match no test of their files")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets go of compiled programs before a process has as many mappings of memory as Linux allows (65,530).
+
+    Each program that was compiled for the CPU holds some: 130 tests of mixers 12,000. At the limit XLA ends with a
+    segmentation fault, wherever it loads the next one.
+    """
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_text().count("\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

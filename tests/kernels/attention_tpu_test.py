@@ -1,7 +1,6 @@
 """The flash kernels through the TPU's own compiler, on this CPU: both ways, every width, and memory that grows with L."""
 
 import itertools
-import math
 import re
 
 import jax
@@ -95,8 +94,9 @@ def test_decoding_compiles(name):
 
 
 @pytest.mark.slow
-def test_memory_is_linear_in_length():
-    """At lengths that go backward by chunks of queries (the step from one chunk to several costs copies)."""
-    short, long = (compiled("v5e", 128, jnp.bfloat16, queries=L, heads=8, groups=1).memory_analysis()
-                   .temp_size_in_bytes for L in (8192, 16384))
-    assert math.log(long / short) / math.log(2) < 1.05
+@pytest.mark.parametrize("length", [8192, 16384])
+def test_memory_is_linear_in_length(length):
+    """At lengths that go backward by chunks of queries: within the same multiple of the queries' own bytes."""
+    heads, width = 8, 128
+    memory = compiled("v5e", width, jnp.bfloat16, queries=length, heads=heads, groups=1).memory_analysis()
+    assert memory.temp_size_in_bytes < 3.2 * (length * heads * width * 2)
