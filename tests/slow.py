@@ -15,7 +15,8 @@ SLOW: dict[str, tuple[str, ...]] = {
         r"test_bad_input_is_one_line.*\[--config=(debug|text)",
         r"test_bad_input_is_one_line.*\[--prompt=a"),
     "experiments/ladder_test.py": (
-        "test_the_prediction_is_of_the_best", "test_the_report_has_a_verdict", "test_the_default_ladder_is_long_enough", "test_bad_input_is_one_line"),
+        "test_the_prediction_is_of_the_best", "test_the_report_has_a_verdict", "test_the_default_ladder_is_long_enough",
+        "test_bad_input_is_one_line"),
     "experiments/scaling_laws_test.py": ("test_fit_prints_a_table", r"test_bad_input_is_one_line\[arguments1"),
     "interop/trained_test.py": ("test_every_bit_comes_out",),
     "interop/huggingface_test.py": (r"test_logits_are_theirs\[(jamba|rwkv|mamba\]|mixtral|llama2|llama_tied|qwen3)",),
