@@ -111,24 +111,43 @@ def test_without_room_for_the_last_step_no_run_has_finished(undisturbed, disk, m
     assert launch(config, disk / "run")["params_sha256"] == result["params_sha256"]
 
 
+FILLING = """
+from pathlib import Path
+from experiments import command_line
+import experiments.train as command
+import jax
+from research.training.checkpoint import Checkpointer
+from tests.training.disk_full_test import fill
+
+disk, save = Path({disk!r}), Checkpointer.save
+
+def filling(self, state, *rest):
+    self.wait()  # a disk that fills up in the middle of a save ends a job of several
+    if jax.process_index() == 0 and int(state.step) == 8:
+        fill(disk)
+    if jax.process_index() == 0 and int(state.step) == 12:
+        (disk / "filler").unlink()
+    save(self, state, *rest)
+
+Checkpointer.save = filling
+command_line.run(command.main)
+"""
+
+
 @pytest.mark.slow
 def test_a_job_of_several_goes_on_without_the_save(disk, tmp_path):
     """Two processes find the disk full before they begin; with room again they save, and end with the bits of a quiet job."""
-    settings = "train.steps=400", "checkpoint.every_steps=40", "checkpoint.keep_last=1"
+    settings = f"train.steps={STEPS}", "checkpoint.every_steps=4"
     job, quiet = Job(tmp_path, *settings), Job(tmp_path, *settings, name="quiet")
     job.workdir = disk / "run"
-    processes = job.start(processes=2)
-    job.wait_for(processes, "checkpoints/40")
-    fill(disk)
-    seen = ""
-    for line in processes[0].stderr:
-        seen += line
-        if "the disk is full: step" in line and (disk / "filler").exists():
-            (disk / "filler").unlink()
-    assert [process.wait(200) for process in processes] == [0, 0], seen[-3000:]
+    processes = job.start(processes=2, command=lambda index: ["-c", FILLING.format(disk=str(disk))])
+    seen = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], seen[0][-3000:] + seen[1][-3000:]
     assert [process.wait(200) for process in quiet.start(processes=2)] == [0, 0]
     ended, expected = (json.loads((workdir / "result.json").read_text()) for workdir in (job.workdir, quiet.workdir))
-    assert "isn't saved" in seen and ended["params_sha256"] == expected["params_sha256"]
+    assert "step 8 isn't saved, 4 is the last that is" in seen[0]
+    assert ended["params_sha256"] == expected["params_sha256"]
+    assert sorted(int(path.name) for path in (disk / "run" / "checkpoints").iterdir())[-2:] == [12, STEPS]
 
 
 def test_rows_and_events_wait_for_room(disk):
