@@ -26,16 +26,18 @@ from research.schema import (
 )
 
 HEAD_DIM = 16
+# Bytes. All that the smallest rung can use: in longer rows larger models learn to look further back, and no one law holds.
+ROW = 16
 BASE_DIM, BASE_LR = 64, 3e-3
 
 
 def _ladder(name: str, stage: Stage) -> Config:
     return Config(
-        name=name, model=ModelConfig(vocab_size=264, dim=BASE_DIM, max_len=128, stages=(stage,)),
-        data=DataConfig(sources=(Source("sourcecode", {"max_bytes": 40_000_000}),), seq_len=128,
-                        validation=(Validation(max_rows=512),)),
+        name=name, model=ModelConfig(vocab_size=264, dim=BASE_DIM, max_len=ROW, stages=(stage,)),
+        data=DataConfig(sources=(Source("sourcecode", {"max_bytes": 40_000_000}),), seq_len=ROW,
+                        validation=(Validation(max_rows=4096),)),
         optim=OptimConfig(lr=BASE_LR, schedule="wsd", warmup_steps=50, weight_decay=0.1),
-        train=TrainConfig(steps=1000, batch_size=4, log_every=20), checkpoint=CheckpointConfig(every_minutes=1.0, keep_last=1))
+        train=TrainConfig(steps=1000, batch_size=32, log_every=20), checkpoint=CheckpointConfig(every_minutes=1.0, keep_last=1))
 
 
 def ladder_transformer() -> Config:
@@ -44,7 +46,7 @@ def ladder_transformer() -> Config:
 
 
 def ladder_mamba2() -> Config:
-    return _ladder("ladder_mamba2", Stage((Mamba2(head_dim=HEAD_DIM, state=16, chunk=32),), BASE_DIM // 8))
+    return _ladder("ladder_mamba2", Stage((Mamba2(head_dim=HEAD_DIM, state=16, chunk=ROW),), BASE_DIM // 8))
 
 
 def _shared(dim: int) -> dict[str, int | float]:

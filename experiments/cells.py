@@ -1,11 +1,12 @@
 """Trainings as processes of their own: what is finished, what isn't, and running the rest, resumable."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from absl import logging
 from tqdm import tqdm
@@ -35,7 +36,7 @@ def _text(value: Any) -> str:
 
 
 def run_cells(rows: Sequence[dict[str, Any]], preset: str, workdir: str, jobs: int, minutes: float | None) -> list[str]:
-    """Runs what isn't finished, `jobs` at a time; returns the cells that failed.
+    """Runs what isn't finished, `jobs` at a time, each on its share of the cores; returns the cells that failed.
 
     Args:
       rows: of each cell its name `cell`, its `overrides` of the preset, its run directory `workdir` and its `status`.
@@ -46,7 +47,8 @@ def run_cells(rows: Sequence[dict[str, Any]], preset: str, workdir: str, jobs: i
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     waiting = [row for row in rows if row["status"] != "finished"]
-    running: dict[subprocess.Popen, dict[str, Any]] = {}
+    running: dict[subprocess.Popen, tuple[dict[str, Any], set[int]]] = {}
+    shares = core_shares(jobs)
     failed, over = [], False
     bar = tqdm(total=len(rows), initial=len(rows) - len(waiting), desc="cells", unit="cell", disable=not sys.stderr.isatty())
     try:
@@ -60,14 +62,17 @@ def run_cells(rows: Sequence[dict[str, Any]], preset: str, workdir: str, jobs: i
                     json.dump(row["overrides"], file)
                 log = open(os.path.join(row["workdir"], "log.txt"), "ab")
                 shared = {"RUNG_CACHE": os.path.join(workdir, COMPILED)} | os.environ  # cells compile much the same
-                process = subprocess.Popen(command(preset, row["overrides"], row["workdir"], left), stdout=log, stderr=log,
-                                           env=shared)
+                cores = shares.pop()
+                with on_cores(cores):
+                    process = subprocess.Popen(command(preset, row["overrides"], row["workdir"], left), stdout=log, stderr=log,
+                                               env=shared)
                 log.close()
-                running[process] = row
+                running[process] = row, cores
             if over and not running:
                 raise Interrupted(f"the minutes are over, {len(waiting) + len(failed)} cells to go; the same command goes on")
             for process in [p for p in running if p.poll() is not None]:
-                row = running.pop(process)
+                row, cores = running.pop(process)
+                shares.append(cores)
                 if process.returncode == EXIT_INTERRUPTED:
                     waiting.append(row)
                     over = True
@@ -86,6 +91,32 @@ def run_cells(rows: Sequence[dict[str, Any]], preset: str, workdir: str, jobs: i
             process.wait()
         bar.close()
     return failed
+
+
+def core_shares(jobs: int) -> list[set[int]]:
+    """The cores of this process in `jobs` parts; where there are too few, or the system doesn't say, none has its own (empty).
+
+    Two trainings of which each takes all cores wait for each other's threads, and a small step isn't faster on two cores than
+    on one (docs/scaling.md).
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < jobs:
+        return [set() for _ in range(jobs)]
+    return [set(cores[number * len(cores) // jobs:(number + 1) * len(cores) // jobs]) for number in range(jobs)]
+
+
+@contextlib.contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """Processes that this thread starts inside run on these cores alone; on any, where there are none."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def last_line(run: str) -> str:

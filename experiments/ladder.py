@@ -172,6 +172,7 @@ def run(workdir: str, plan: Mapping[str, Any], jobs: int, minutes: float | None)
     try:
         for rows in (plan["trunks"], plan["rungs"]):
             ready = [row | {"status": status(row["workdir"])} for row in rows if not _hopeless(row)]
+            ready.sort(key=lambda row: -row["seconds"])  # the longest first, so that no job ends alone
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0) / 60
             failed += run_cells(ready, plan["preset"], workdir, jobs, left)
     finally:

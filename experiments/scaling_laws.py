@@ -171,7 +171,8 @@ def show_plan(answer: dict) -> None:
     decades = np.log10(max(budgets) / min(budgets))
     print(f"{len(answer['rungs'])} runs from {len(answer['trunks'])} trunks, {decades:.2f} decades of compute, "
           f"{sum(row['trained_flops'] for row in every):.3g} FLOPs, about "
-          f"{sum(row['seconds'] for row in every) / 60:.0f} minutes ({answer['seconds_from']}, and "
+          f"{sum(row['seconds'] for row in every) / 60 / FLAGS.jobs:.0f} minutes with --jobs={FLAGS.jobs} "
+          f"({answer['seconds_from']}, and "
           f"{answer['startup_seconds']:.0f} s a run to start, evaluate and save)")
 
 

@@ -74,7 +74,7 @@ def row(name: str, pattern: tuple[MixerConfig, ...], repeats: int, length: int, 
 
 ATTENTION = (Attention(heads=4), GatedMlp(hidden=704))
 RECURRENT: dict[str, tuple[tuple[MixerConfig, ...], int]] = {
-    "mamba2": ((Mamba2(head_dim=32, state=64, chunk=64),), 8),
+    "mamba2": ((Mamba2(state=64, chunk=64),), 8),
     "linear_attention": ((GatedDelta(heads=4, key_dim=64, delta=False), GatedMlp(hidden=704)), 4),
     "gated_delta": ((GatedDelta(heads=4, key_dim=64), GatedMlp(hidden=704)), 4),
     "mamba": ((Mamba(),), 8),
@@ -91,7 +91,7 @@ CASES = {"d256": case(256, 6, 4, 704, 8), "d512": case(512, 8, 8, 1408, 4)}
 
 
 def ours(pipe: Connection, config: Config) -> None:
-    """A worker: answers each "seconds" it is sent with (steps, seconds, steps' FLOPs); stops at None."""
+    """A worker: answers each "seconds" it is sent with (steps, seconds, seconds of its processors); stops at None."""
     keep_freed_memory()
     from research.training.program import make_program
     from research.training.state import init_state
@@ -108,12 +108,12 @@ def ours(pipe: Connection, config: Config) -> None:
     while (seconds := pipe.recv()) is not None:
         state, metrics = compiled(state, None, batch)  # not counted: after a pause its memory may be cold, or gone
         jax.block_until_ready(metrics)
-        steps, began = 0, time.perf_counter()
+        steps, began, busy = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < seconds:
             state, metrics = compiled(state, None, batch)
             jax.block_until_ready(metrics)
             steps += 1
-        pipe.send((steps, time.perf_counter() - began))
+        pipe.send((steps, time.perf_counter() - began, time.process_time() - busy))
 
 
 def batch_of(config: Config) -> dict[str, np.ndarray]:
@@ -151,21 +151,21 @@ def theirs(pipe: Connection, config: Config) -> None:
     pipe.send({"threads": torch.get_num_threads(), "version": torch.__version__})
     while (seconds := pipe.recv()) is not None:
         step()  # not counted
-        steps, began = 0, time.perf_counter()
+        steps, began, busy = 0, time.perf_counter(), time.process_time()
         while time.perf_counter() - began < seconds:
             step()
             steps += 1
-        pipe.send((steps, time.perf_counter() - began))
+        pipe.send((steps, time.perf_counter() - began, time.process_time() - busy))
 
 
 def ceiling(pipe: Connection, _: Config) -> None:
-    """The best float32 matrix product for a moment: answers (FLOP/s, seconds)."""
+    """The best float32 matrix product for a moment: answers (FLOP/s, 1, 1)."""
     from research import hardware
 
     pipe.send({})
     while pipe.recv() is not None:
         hardware.measured_cpu_peak.cache_clear()
-        pipe.send((hardware.measured_cpu_peak(), 1.0))
+        pipe.send((hardware.measured_cpu_peak(), 1.0, 1.0))
 
 
 class Worker:
@@ -185,22 +185,22 @@ class Worker:
         except EOFError:
             raise RuntimeError(f"the measuring process ended with exit code {self._process.exitcode}") from None
 
-    def rate(self, seconds: float) -> float:
-        """Steps per second over a turn."""
+    def rates(self, seconds: float) -> tuple[float, float]:
+        """Steps over a turn, per second and per second of a processor."""
         self._pipe.send(seconds)
-        count, took = self._receive()
-        return count / took
+        count, took, busy = self._receive()
+        return count / took, count / busy
 
     def close(self) -> None:
         self._pipe.send(None)
         self._process.join()
 
 
-def turn_alone(target: Any, config: Config, seconds: float) -> float:
-    """Steps per second over one turn of a process that ends with it: those that wait keep memory, which slows large steps."""
+def turn_alone(target: Any, config: Config, seconds: float) -> tuple[float, float]:
+    """The rates of one turn of a process that ends with it: those that wait keep memory, which slows large steps."""
     worker = Worker(target, config)
     try:
-        return worker.rate(seconds)
+        return worker.rates(seconds)
     finally:
         worker.close()
 
@@ -213,7 +213,7 @@ def measure(name: str, config: Config, rounds: int, seconds: float, with_torch: 
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
         for side, worker in sides.items():
-            rates[side].append(worker.rate(seconds))
+            rates[side].append(worker.rates(seconds)[0])
         logging.info("%s round %d/%d: %s", name, number + 1, rounds,
                      ", ".join(f"{side} {values[-1]:.4g}" for side, values in rates.items()))
     for worker in sides.values():
@@ -279,6 +279,7 @@ def mixers() -> dict[str, Any]:
     """Recurrent mixers at L 4096 over attention at L 1024, in turns; and how their whole cost grows with L.
 
     `ratio`: tokens a second over attention's; `exponent`: of the seconds of one row against L; medians of paired rounds.
+    `processor_ratio`, `processor_exponent`: the same of seconds of the processors, which other jobs hardly change.
     """
     names, found = chosen(RECURRENT), []
     attention = row("attention", ATTENTION, 4, 1024, 4)
@@ -286,17 +287,20 @@ def mixers() -> dict[str, Any]:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         for name in names:
             rows = {length: row(name, *RECURRENT[name], length, 1) for length in LENGTHS}
-            rates: dict[int, list[float]] = {length: [] for length in (0, *LENGTHS)}
+            rounds = []  # of each: tokens a second, and a processor's second: of attention, and of each length
             for _ in range(FLAGS.rounds):
-                rates[0].append(4096 * turn_alone(ours, attention, FLAGS.seconds))
-                for length, config in rows.items():
-                    rates[length].append(length * turn_alone(ours, config, FLAGS.seconds))
-            ratios = [rate / base for rate, base in zip(rates[4096], rates[0])]
-            seconds = [[length / rates[length][number] for length in LENGTHS] for number in range(FLAGS.rounds)]
-            exponents = [float(np.polyfit(np.log(LENGTHS), np.log(found_L), 1)[0]) for found_L in seconds]
-            found.append({"name": name, "ratio": statistics.median(ratios), "exponent": statistics.median(exponents),
-                          "ratios": ratios, "exponents": exponents,
-                          "tokens_per_second": {str(length): statistics.median(rates[length]) for length in LENGTHS}})
+                base_2 = 4096 * np.array(turn_alone(ours, attention, FLAGS.seconds))
+                rounds.append([base_2] + [length * np.array(turn_alone(ours, config, FLAGS.seconds))
+                                          for length, config in rows.items()])
+            rates_RxCx2 = np.array(rounds)
+            ratios_Rx2 = rates_RxCx2[:, 1 + LENGTHS.index(4096)] / rates_RxCx2[:, 0]
+            seconds_RxCx2 = np.array(LENGTHS)[:, None] / rates_RxCx2[:, 1:]
+            exponents_Rx2 = np.array([np.polyfit(np.log(LENGTHS), np.log(seconds_Cx2), 1)[0] for seconds_Cx2 in seconds_RxCx2])
+            (ratio, processor_ratio), (exponent, processor_exponent) = np.median(ratios_Rx2, 0), np.median(exponents_Rx2, 0)
+            found.append({"name": name, "ratio": float(ratio), "exponent": float(exponent),
+                          "processor_ratio": float(processor_ratio), "processor_exponent": float(processor_exponent),
+                          "ratios": ratios_Rx2[:, 0].tolist(), "exponents": exponents_Rx2[:, 0].tolist(),
+                          "tokens_per_second": dict(zip(map(str, LENGTHS), np.median(rates_RxCx2[:, 1:, 0], 0).tolist()))})
             logging.info("%s", found[-1])
     return {"mixers": found, "attention_length": 1024, "rounds": FLAGS.rounds, "seconds": FLAGS.seconds}
 

@@ -1,10 +1,10 @@
 """Models of Hugging Face's transformers, in and out: config, weights (safetensors) and tokenizer, one tensor at a time.
 
 A tensor is one of theirs: a layer's matrix, an expert's, or the embedding. Beside a few copies of the largest (as read, in our
-layout, compressed) a conversion holds buffers of some ten MiB: measured, in either direction, 31 to 77 MiB for a Llama of 388
-whose largest tensor has 4, and 80 to 148 MiB for one of 1544 with 16 (tests/interop/memory_test.py).
-The export of a run that was trained here also holds what its checkpoint has as one chunk, of every weight that the tensor is
-made of: all layers that a device had, or what of them is within 2 GiB, at which Orbax cuts; and it reads such chunks whole.
+layout, compressed) a conversion holds buffers of some ten MiB: measured, in either direction and for a run that was trained
+here, 31 to 77 MiB for a Llama of 388 whose largest tensor has 4, and 80 to 148 MiB for one of 1544 with 16
+(tests/interop/memory_test.py). Of a run that was trained here, what its checkpoint has as one chunk is held: a layer's
+experts, or as much of small layers (LAYER_CHUNK in training/checkpoint.py) as a device had.
 """
 
 import dataclasses

@@ -101,7 +101,7 @@ class ParameterReader:
     """Reads the parameters of a checkpoint of `workdir` (the latest by default) in pieces, and checks their checksums.
 
     They are the averaged ones where the run averages. What was stored as one chunk is held until another of its array is read:
-    a layer's part of an imported model, all layers that a device of a run had.
+    a layer's part of an imported model, or of a run's weights that aren't small.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int | None = None):

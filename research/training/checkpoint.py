@@ -31,6 +31,7 @@ from research.training.restore import describe_arrays, load_step, verify
 from research.training.state import TrainState
 from research.training.workdir import is_remote
 
+LAYER_CHUNK = 1 << 20  # bytes
 FINISH_SECONDS = 3600  # how long the processes of a job wait for each other at the end of a save
 _FINISHED = itertools.count()  # numbers those waits: none may have the name of another, though a step may be saved twice
 
@@ -121,7 +122,7 @@ class Checkpointer:
         copies = _copies(arrays)
 
         def write() -> None:
-            items = {name: ocp.args.StandardSave(tree) for name, tree in copies.items()}
+            items = {name: ocp.args.StandardSave(tree, save_args=_chunks(tree)) for name, tree in copies.items()}
             items |= {"data": ocp.args.JsonSave(dict(data)), "meta": ocp.args.JsonSave(meta)}
             self._writer.save(place, args=ocp.args.Composite(**items))
 
@@ -278,6 +279,16 @@ class Checkpointer:
         finally:
             self._pool.shutdown()
             self._writer.close()
+
+
+def _chunks(tree: Any) -> Any:
+    """How Orbax cuts the arrays: those of all layers of a stage one layer a chunk, so that an export can read it alone.
+
+    Layers below LAYER_CHUNK bytes stay together: a chunk has a cost, and all of them are little memory."""
+    def of(path: tuple[Any, ...], x: Any) -> ocp.SaveArgs:
+        stacked = any(str(getattr(key, "key", "")).startswith("stage_") for key in path) and x.ndim > 1
+        return ocp.SaveArgs(shard_axes=(0,) if stacked and x.nbytes // x.shape[0] >= LAYER_CHUNK else ())
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def _arrays(state: TrainState, averaged: Any) -> dict[str, Any]:
