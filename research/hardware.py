@@ -136,28 +136,29 @@ class Topology:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
 
-def chip(name: str, where: str = "chip") -> Chip:
-    """The row of a name or alias, in any case. Raises InputError, naming `where` and the known names."""
+def chip(name: str, where: str = "chip", known: Iterable[str] = ()) -> Chip:
+    """The row of a name or alias, in any case. Raises InputError, naming `where` and the `known` names, all if not given."""
     for row in _ROWS:
         if name.lower() in (row.name, *row.aliases):
             return row
-    raise InputError(where, f"unknown chip {name!r}", f"one of {', '.join(CHIPS)}")
+    raise InputError(where, f"unknown chip {name!r}", f"one of {', '.join(known or CHIPS)}")
 
 
-def parse_topology(text: str, where: str = "topology") -> Topology:
+def parse_topology(text: str, where: str = "topology", known: Iterable[str] = ()) -> Topology:
     """The slice that a person names.
 
     "v5p:4x4x4" gives the shape. "v6e-256" counts chips; so do "v5litepod-16" and "h100-8". "v5p-128" counts
     cores, two a chip, as Google does for v4, v5p and tpu7x: 64 chips. A name alone is one chip.
 
-    Raises InputError, naming `where`: an unknown chip, no shape of its axes, a size without a usual shape.
+    Raises InputError, naming `where`: an unknown chip (with the `known` names, as `chip`), no shape of its axes, a size
+    without a usual shape.
     """
-    rows = {known: row for row in _ROWS for known in (row.name, *row.aliases)}
+    rows = {alias: row for row in _ROWS for alias in (row.name, *row.aliases)}
     # The longest name first: "a100-80gb" is a chip, not a100 in a size of 80gb.
-    name = next((known for known in sorted(rows, key=len, reverse=True)
-                 if text.lower() == known or text.lower().startswith((known + ":", known + "-"))), None)
+    name = next((alias for alias in sorted(rows, key=len, reverse=True)
+                 if text.lower() == alias or text.lower().startswith((alias + ":", alias + "-"))), None)
     if name is None:
-        chip(text.split(":")[0], where)  # raises
+        chip(text.split(":")[0], where, known)  # raises
         raise AssertionError(text)
     row, rest = rows[name], text[len(name):]
     if not rest:

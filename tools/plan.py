@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from experiments import command_line
+from research import sharding
 from research.errors import InputError
 from research.scaling import footprint, planner
 from research.scaling.planner import Budget, Machine, Model, Question, Range
@@ -91,7 +92,9 @@ def model() -> Model | None:
         return None if FLAGS.params is None else planner.model_of_number(FLAGS.params)
     if FLAGS.params is not None:
         raise InputError("--params", f"is a second model beside --config={FLAGS.config}", "give one")
-    return planner.model_of_config(command_line.configured()[0], FLAGS.exact)
+    config = command_line.configured()[0]
+    sharding.rules_named(config.mesh.rules)  # the plan splits evenly, whatever they are; a name that is none is a mistake
+    return planner.model_of_config(config, FLAGS.exact)
 
 
 def machine(chosen: Model | None) -> Machine:

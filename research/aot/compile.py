@@ -70,7 +70,7 @@ class Compiled:
 
 def tpu_topology(text: str, where: str = "--topology") -> Topology:
     """Raises InputError, naming `where`: an unknown chip, one that is no TPU, a shape that it doesn't come in."""
-    topology = parse_topology(text, where)
+    topology = parse_topology(text, where, TPUS)
     if topology.chip.name not in TPUS:
         raise InputError(where, f"nothing is compiled for {topology.chip.name} here",
                          f"one of {', '.join(TPUS)}, as v5p:4x4x4 or v6e-256")

@@ -45,6 +45,7 @@ REFUSED = (
     (("--params=1e9", "--config=debug"), "second model"),
     (("--flops=1e20", "--money=5"), "second budget beside --flops"),
     (("--config=quickstrat",), "did you mean quickstart"),
+    (("--config=quickstart", "--set=mesh.rules=fdsp"), "mesh.rules: unknown 'fdsp'"),
     (("--params=1e9", "--chip=h1000"), "unknown chip 'h1000'"),
     (("--params=1e9", "--utilization=1.5"), "--utilization: '1.5' isn't a share"),
     (("--params=1e9", "--exact"), "--exact: needs a preset"),
