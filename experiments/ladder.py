@@ -18,7 +18,19 @@ from research.config import nearest, override
 from research.errors import InputError
 from research.evaluation.statistics import over_seeds
 from research.scaling.analysis import analyse
-from research.scaling.ladder import BACKTEST_RESAMPLES, Rung, Size, backtests, forecast, grid, rung_at, widening, write_csv
+from research.scaling.ladder import (
+    BACKTEST_RESAMPLES,
+    Rung,
+    Size,
+    backtests,
+    corrected,
+    drift,
+    forecast,
+    grid,
+    rung_at,
+    widening,
+    write_csv,
+)
 from research.scaling.laws import LAWS
 from research.scaling.points import Points, make, read_csv, without_diverged
 from research.scaling.prediction import config_sha256, score, stored_prediction
@@ -260,7 +272,8 @@ def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float
             seed: int) -> Row:
     """What the law of `points` says of a run of `flops` FLOPs, to be sealed.
 
-    Its interval is that of one new run, widened until the backtests' errors are as their intervals say (`widening`).
+    Its value is the law's, corrected by the drift that the backtests show; its interval is that of one new run, wide enough
+    for no drift or twice as much, and widened until the backtests' errors are as their intervals say (`widening`).
     """
     if approach not in LAWS:
         raise InputError("--approach", f"{approach!r} says nothing of a ladder's runs", nearest(approach, list(LAWS)))
@@ -271,16 +284,19 @@ def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float
     rung, config = target_of(plan, flops, found["optimum"]["N_opt"]["value"], n_used, dim)
     size = rung.size
     target = make([getattr(size, n_used)], [1.0], [rung.tokens], [rung.flops])
-    band, = forecast(points, approach, target, bootstrap, seed, widen)
+    said, = forecast(points, approach, target, bootstrap, seed)
+    moved, times = drift(tests), rung.flops / float(points.flops_P.max())
+    band = corrected(said, moved, times, widen)
     columns = (values_P.tolist() for values_P in (points.params_P, points.tokens_P, points.flops_P, points.loss_P))
     runs = [dict(zip(("run", n_used, "tokens", "flops", "loss"), row)) for row in zip(points.names, *columns)]
-    return {**band, "law": law.formula, "approach": approach, "n_used": n_used, "parameters": found["parameters"],
+    return {**band, "of_law": said, "drift": moved,
+            "law": law.formula, "approach": approach, "n_used": n_used, "parameters": found["parameters"],
             "residual_rms": found["residual_rms"], "bootstrap": bootstrap, "bootstrap_seed": seed, "widened": widen,
             "backtests": counted(tests), "optimum": found["optimum"], "notes": found["notes"], "left_out": found["left_out"],
             "runs": runs,
             "target": {"preset": plan["preset"], "overrides": target_overrides(rung), "params": size.params,
                        "non_embedding": size.non_embedding, "tokens": rung.tokens, "flops": rung.flops,
-                       "times": rung.flops / float(points.flops_P.max()), "config_sha256": config_sha256(config)}}
+                       "times": times, "config_sha256": config_sha256(config)}}
 
 
 def counted(tests: Sequence[Mapping[str, Any]]) -> Row:

@@ -221,6 +221,11 @@ def show_prediction(answer: dict) -> None:
           f"{answer['n_used']}, {len(answer['runs'])} runs")
     print(f"of a run of {target['params']:,} parameters on {target['tokens']:,} tokens, {target['flops']:.3g} FLOPs, "
           f"{target['times']:.1f} times the ladder's largest")
+    if answer["drift"]:
+        said = answer["of_law"]
+        print(f"the law alone says {said['value']:.4f} ({said['low']:.4f} to {said['high']:.4f}); in its backtests runs ended "
+              f"{answer['drift']:+.2%} from it for each factor e of compute, which is carried on: "
+              f"{answer['value'] / said['value'] - 1:+.2%}")
     best = answer["optimum"]
     command_line.print_table([("best at this budget", "value", "low", "high")] + [
         (name, *_figures(best[name])) for name in ("N_opt", "D_opt") if best[name]])

@@ -93,9 +93,9 @@ def write_csv(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows({name: "nan" if value is None else value for name, value in row.items()} for row in rows)
 
 
-def forecast(points: Points, approach: str, unseen: Points, bootstrap: int, seed: int = 0, widen: float = 1.0) -> list[dict]:
+def forecast(points: Points, approach: str, unseen: Points, bootstrap: int, seed: int = 0) -> list[dict]:
     """What the law of `points` says of each of the `unseen` runs' losses (which aren't looked at), for one new run each:
-    [{"value", "low", "high"}], 95%. `widen` stretches the intervals in log loss.
+    [{"value", "low", "high"}], 95%.
 
     Raises:
       InputError: runs that can't decide the law.
@@ -105,27 +105,51 @@ def forecast(points: Points, approach: str, unseen: Points, bootstrap: int, seed
     log_loss_SxU = law.log_loss(fitted.parameters, unseen.params_P, unseen.tokens_P, unseen.flops_P)
     if not np.isfinite(log_loss_SxU[0]).all():
         raise InputError("points", "fewer than 4 budgets have a minimum", "add budgets, or take --approach=3")
-    bands = []
-    for u in range(len(unseen)):
-        band = interval(predictive(log_loss_SxU[:, u], fitted.residual_P, fitted.estimated, seed + u))
-        middle = band["value"]
-        bands.append({"value": middle, "low": middle * min(band["low"] / middle, 1.0) ** widen,
-                      "high": middle * max(band["high"] / middle, 1.0) ** widen})
-    return bands
+    return [interval(predictive(log_loss_SxU[:, u], fitted.residual_P, fitted.estimated, seed + u)) for u in range(len(unseen))]
+
+
+def corrected(band: Mapping[str, float], drift: float, times: float, widen: float = 1.0) -> dict[str, float]:
+    """The band of a law of a run of `times` the compute that it has seen, moved by the law's `drift`, then widened.
+
+    Half of the move is taken as its standard deviation, so the interval holds no move and twice the move.
+    """
+    move = drift * math.log(max(times, 1.0))
+    low, high = (math.hypot(max(side, 0.0), move) * widen
+                 for side in (math.log(band["value"] / band["low"]), math.log(band["high"] / band["value"])))
+    value = band["value"] * math.exp(move)
+    return {"value": value, "low": value * math.exp(-low), "high": value * math.exp(high)}
+
+
+def drift(tests: Sequence[Mapping[str, Any]]) -> float:
+    """What runs had beyond what the laws of earlier budgets said of them: log loss for each factor e of compute.
+
+    A law's error grows with how far it is carried, and mostly in one direction: E comes out too high while a ladder is short.
+    Least squares through the origin, on the laws' own values; a test counts by how narrow its law's interval is (1 / width^2).
+    0 without tests.
+    """
+    if not tests:
+        return 0.0
+    far, errors, widths = np.array([(math.log(row["times"]), math.log(row["observed"] / row["law"]["value"]),
+                                     math.log(row["law"]["high"] / row["law"]["low"])) for row in tests]).T
+    weights = 1 / np.maximum(widths, 1e-4) ** 2
+    return float((weights * far) @ errors / ((weights * far) @ far))
 
 
 def backtests(points: Points, approach: str, bootstrap: int, seed: int = 0) -> list[dict]:
-    """Every prefix of the ladder, by compute, predicts every run of the later budgets.
+    """Every prefix of the ladder, by compute, predicts every run of the later budgets, as a prediction is made: the law of
+    the prefix, corrected by the drift that the prefix's own backtests show.
 
     Returns:
       A row a prefix and later run: seen (the prefix's FLOPs), next (is it of the next budget?), times (its FLOPs over the
-      prefix's), run, predicted {value, low, high}, observed, relative_error (predicted / observed - 1) and covered. Prefixes
-      that can't decide the law are left out. A law of the optimum alone is held to each budget's best run.
+      prefix's), run, law {value, low, high} (uncorrected), drift (the prefix's), predicted {value, low, high}, observed,
+      relative_error (predicted / observed - 1) and covered. Prefixes that can't decide the law are left out. A law of the
+      optimum alone is held to each budget's best run.
     """
     groups, rows = budgets(points), []
     for count in range(1, len(groups)):
         seen = points.take(np.concatenate(groups[:count]))
-        for later, group in enumerate(groups[count:]):
+        own_drift = drift([row for row in rows if row["budget"] < count])  # of runs that this prefix has
+        for later, group in enumerate(groups[count:], count):
             unseen = points.take(group)
             if LAWS[approach].optimal_only:
                 unseen = unseen.take(np.array([unseen.loss_P.argmin()]))
@@ -134,12 +158,13 @@ def backtests(points: Points, approach: str, bootstrap: int, seed: int = 0) -> l
             except InputError:
                 break
             largest = float(seen.flops_P.max())
-            for u, band in enumerate(bands):
-                observed = float(unseen.loss_P[u])
-                covered = band["low"] <= observed <= band["high"]
-                rows.append({"seen": largest, "next": later == 0, "times": float(unseen.flops_P[u]) / largest,
-                             "run": unseen.names[u], "predicted": band, "observed": observed,
-                             "relative_error": band["value"] / observed - 1, "covered": covered})
+            for u, law in enumerate(bands):
+                observed, times = float(unseen.loss_P[u]), float(unseen.flops_P[u]) / largest
+                band = corrected(law, own_drift, times)
+                rows.append({"seen": largest, "next": later == count, "budget": later, "times": times, "run": unseen.names[u],
+                             "law": law, "drift": own_drift, "predicted": band, "observed": observed,
+                             "relative_error": band["value"] / observed - 1,
+                             "covered": band["low"] <= observed <= band["high"]})
     return rows
 
 

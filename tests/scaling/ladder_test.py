@@ -7,7 +7,7 @@ import pytest
 
 from research.errors import InputError
 from research.scaling import ladder
-from research.scaling.ladder import Size, backtests, forecast, grid, rung_at, widening, write_csv
+from research.scaling.ladder import Size, backtests, corrected, drift, forecast, grid, rung_at, widening, write_csv
 from research.scaling.points import Points, make
 
 SIZES = [Size(dim, {}, 1000 * dim, 900 * dim, 7000.0 * dim, 1024, 0.01) for dim in (16, 32, 64, 128)]
@@ -17,9 +17,9 @@ def law(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return 1.2 + 60 / n**0.4 + 199 / d**0.4  # best at 20 tokens a parameter
 
 
-def climb(noise: float, bend: float = 0.0) -> Points:
+def climb(noise: float, bend: float = 0.0, seed: int = 1) -> Points:
     """5 budgets of 4 sizes; `bend` adds what the law doesn't know of: a loss that falls ever faster with compute."""
-    rng, n, d = np.random.default_rng(1), [], []
+    rng, n, d = np.random.default_rng(seed), [], []
     for flops in np.geomspace(1e11, 4e12, 5):
         sizes = np.sqrt(flops / 120) * np.geomspace(0.4, 2.5, 4)
         n += sizes.tolist()
@@ -77,15 +77,46 @@ def test_what_is_predicted_does_not_depend_on_the_losses_to_come():
     assert forecast(seen, "3", unseen, 32) == forecast(seen, "3", shifted, 32)
 
 
-def test_intervals_are_widened_where_the_law_was_wrong(tests):
+def test_no_backtest_depends_on_the_losses_to_come():
+    """Neither a prefix's law nor the drift that corrects it."""
+    points = climb(0.002, bend=0.003)
+    last = points.flops_P > 2e12
+    shifted = make(points.params_P, np.where(last, 1.1, 1.0) * points.loss_P, points.tokens_P)
+    found, other = (backtests(p, "3", bootstrap=16) for p in (points, shifted))
+    assert sum(last) == 4 and [row["predicted"] for row in found] == [row["predicted"] for row in other]
+    assert [row["observed"] for row in found] != [row["observed"] for row in other]
+
+
+def test_a_law_that_errs_ever_more_in_one_direction_is_corrected(tests):
+    assert abs(drift(tests)) < 0.002 and drift([]) == 0.0
+    points = climb(0.0005, bend=0.003)
+    rows = [row for row in backtests(points, "3", bootstrap=16) if row["drift"]]
+    assert {row["seen"] for row in rows} == {row["seen"] for row in rows if row["drift"] < 0} and len(rows) == 8 + 4
+    alone = [np.log(row["observed"] / row["law"]["value"]) for row in rows]
+    moved = [np.log(row["observed"] / row["predicted"]["value"]) for row in rows]
+    assert np.max(alone) < 0 and np.sum(np.square(moved)) < 0.5 * np.sum(np.square(alone))
+    assert all(row["covered"] for row in rows)
+
+
+def test_a_correction_may_be_none_or_twice_as_large():
+    sure = {"value": 2.0, "low": 2.0, "high": 2.0}
+    found = corrected(sure, -0.01, np.exp(3.0))
+    assert [found[name] for name in ("low", "value", "high")] == pytest.approx([2 * np.exp(-0.06), 2 * np.exp(-0.03), 2.0])
+    band = {"value": 2.0, "low": 1.9, "high": 2.2}
+    for same in (corrected(band, 0.0, 10.0), corrected(band, 0.5, 0.3)):  # no drift, and no run beyond what was seen
+        assert same == pytest.approx(band)
+
+
+def test_intervals_are_widened_where_the_errors_were_larger(tests):
     assert 1.0 <= widening(tests) < 2.0 and widening([]) == 1.0
-    bent = backtests(climb(0.0005, bend=0.003), "3", bootstrap=64)
-    assert widening(bent) > 2 * widening(tests)
-    points = climb(0.002)
-    narrow, wide = (forecast(points, "3", points.take(np.array([19])), 64, widen=widen)[0] for widen in (1.0, 2.0))
-    assert narrow["value"] == wide["value"]
+    said = [row["predicted"]["value"] for row in tests]
+    worse = [row | {"observed": value * (row["observed"] / value) ** 5} for row, value in zip(tests, said)]
+    assert widening(worse) > 2 * widening(tests)
+    band = {"value": 2.0, "low": 1.9, "high": 2.2}
+    wide = corrected(band, 0.0, 10.0, widen=2.0)
+    assert wide["value"] == 2.0
     for name in ("low", "high"):
-        assert np.log(wide[name] / wide["value"]) == pytest.approx(2 * np.log(narrow[name] / narrow["value"]))
+        assert np.log(wide[name] / 2.0) == pytest.approx(2 * np.log(band[name] / 2.0))
 
 
 def test_a_law_of_the_optimum_is_held_to_each_budgets_best_run():
