@@ -253,7 +253,7 @@ def test_the_whole_chain_with_real_runs(tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"def f{i}(x):\n    return x * {i} + {i * i}\n" * 60)
     workdir = tmp_path / "ladder"
     tiny = ["--dims=16,32,48", "--budgets=3e8,9e8,2.7e9", "--ratios=0.001,3000", f"--data={tmp_path}/*.txt", "--nomeasure",
-            "--set=optim.warmup_steps=1", f"--set=data.cache_dir={tmp_path}/cache", "--set=data.seq_len=32",
+            "--set=optim.warmup_steps=1", f"--set=data.cache_dir={tmp_path}/cache", "--set=train.batch_size=8",
             "--set=data.holdout=0.1", "--set=data.validation.0.max_rows=16"]
     done = call("plan", f"--workdir={workdir}", *tiny, "--json")
     assert done.returncode == 0, done.stderr
