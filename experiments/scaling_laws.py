@@ -169,9 +169,10 @@ def show_plan(answer: dict) -> None:
     every = answer["trunks"] + answer["rungs"]
     budgets = [row["flops"] for row in answer["rungs"]]
     decades = np.log10(max(budgets) / min(budgets))
+    at_once = min(FLAGS.jobs, os.cpu_count() or 1)
     print(f"{len(answer['rungs'])} runs from {len(answer['trunks'])} trunks, {decades:.2f} decades of compute, "
           f"{sum(row['trained_flops'] for row in every):.3g} FLOPs, about "
-          f"{sum(row['seconds'] for row in every) / 60 / FLAGS.jobs:.0f} minutes with --jobs={FLAGS.jobs} "
+          f"{sum(row['seconds'] for row in every) / 60 / at_once:.0f} minutes, {at_once} at a time "
           f"({answer['seconds_from']}, and "
           f"{answer['startup_seconds']:.0f} s a run to start, evaluate and save)")
 

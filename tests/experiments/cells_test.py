@@ -10,14 +10,11 @@ from experiments import cells
 
 WHERE = "import json, os, sys, time; time.sleep(1); json.dump(sorted(os.sched_getaffinity(0)), open(sys.argv[1], 'w'))"
 
-linux = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system doesn't say which cores a process has")
 
-
-@linux
 @pytest.mark.parametrize("cores", [{0}, {0, 1}, {1, 3, 4, 7, 8}])
 @pytest.mark.parametrize("jobs", [1, 2, 3])
 def test_shares_are_all_cores_and_none_twice(monkeypatch, cores, jobs):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)  # not every system has it
     shares = cells.core_shares(jobs)
     assert len(shares) == jobs
     if len(cores) < jobs:
@@ -27,8 +24,7 @@ def test_shares_are_all_cores_and_none_twice(monkeypatch, cores, jobs):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@linux
-@pytest.mark.skipif(not any(cells.core_shares(2)), reason="one core can't be shared out")
+@pytest.mark.skipif(not any(cells.core_shares(2)), reason="needs two cores, and a system that says which")
 def test_each_of_two_cells_has_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(cells, "command", lambda preset, cell, run, minutes: [sys.executable, "-c", WHERE, f"{run}/cores"])
     rows = [{"cell": name, "overrides": {}, "workdir": str(tmp_path / name), "status": "missing"} for name in "abc"]
