@@ -59,8 +59,8 @@ def verdict(answer: Mapping[str, Any]) -> list[str]:
         share = tests["covered"] / tests["runs"]
         words.append(f"In {tests['runs']} backtests {tests['covered']} intervals ({share:.0%}) held the loss, with a mean "
                      f"error of {tests['mean_absolute_error']:.2%} and a worst of {tests['worst']:.2%}: " +
-                     ("the bootstrap's intervals can be believed here." if share >= 0.9 else
-                      "the bootstrap's intervals are too narrow here; predictions widen them."))
+                     ("such intervals can be believed here." if share >= 0.9 else
+                      "such intervals are too narrow here; predictions widen them."))
     else:
         words.append("No prefix of the ladder decides the law, so nothing could be backtested.")
     words += [f"Approach {name} is undecided: {problem}." for name, problem in answer["refused"].items()]

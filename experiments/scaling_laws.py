@@ -235,7 +235,7 @@ def show_prediction(answer: dict) -> None:
             found = tests[name]
             print(f"backtests: each prefix of the ladder predicts {words}: {found['covered']} of {found['runs']} inside their "
                   f"interval, mean error {found['mean_absolute_error']:.2%}, worst {found['worst']:.2%}")
-    print(f"the interval is {answer['widened']:.2f} times the bootstrap's" if tests["later"]["runs"] else
+    print(f"the interval is {answer['widened']:.2f} times that of the law and its drift" if tests["later"]["runs"] else
           "no backtests: the ladder is too short, and the interval only the bootstrap's")
     for found in answer["left_out"]:
         print(f"left out: {found['run']}, {found['reason']}")

@@ -108,12 +108,12 @@ def forecast(points: Points, approach: str, unseen: Points, bootstrap: int, seed
     return [interval(predictive(log_loss_SxU[:, u], fitted.residual_P, fitted.estimated, seed + u)) for u in range(len(unseen))]
 
 
-def corrected(band: Mapping[str, float], drift: float, times: float, widen: float = 1.0) -> dict[str, float]:
-    """The band of a law of a run of `times` the compute that it has seen, moved by the law's `drift`, then widened.
+def corrected(band: Mapping[str, float], slope: float, times: float, widen: float = 1.0) -> dict[str, float]:
+    """The band of a law of a run of `times` the compute that it has seen, moved by the law's `drift` (`slope`), then widened.
 
     Half of the move is taken as its standard deviation, so the interval holds no move and twice the move.
     """
-    move = drift * math.log(max(times, 1.0))
+    move = slope * math.log(max(times, 1.0))
     low, high = (math.hypot(max(side, 0.0), move) * widen
                  for side in (math.log(band["value"] / band["low"]), math.log(band["high"] / band["value"])))
     value = band["value"] * math.exp(move)

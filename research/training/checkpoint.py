@@ -31,6 +31,7 @@ from research.training.restore import describe_arrays, load_step, verify
 from research.training.state import TrainState
 from research.training.workdir import is_remote
 
+EXPORTED = "params", "averaged"
 LAYER_CHUNK = 1 << 20  # bytes
 FINISH_SECONDS = 3600  # how long the processes of a job wait for each other at the end of a save
 _FINISHED = itertools.count()  # numbers those waits: none may have the name of another, though a step may be saved twice
@@ -122,7 +123,8 @@ class Checkpointer:
         copies = _copies(arrays)
 
         def write() -> None:
-            items = {name: ocp.args.StandardSave(tree, save_args=_chunks(tree)) for name, tree in copies.items()}
+            items = {name: ocp.args.StandardSave(tree, save_args=_chunks(tree) if name in EXPORTED else None)
+                     for name, tree in copies.items()}
             items |= {"data": ocp.args.JsonSave(dict(data)), "meta": ocp.args.JsonSave(meta)}
             self._writer.save(place, args=ocp.args.Composite(**items))
 
