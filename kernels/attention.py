@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention_decode_pallas, attention_pallas, attention_ring
-from kernels.lowering import on_tpu, say_once
+from kernels.lowering import by_platform, say_once
 from kernels.varying import vary_alike
 from kernels.visibility import MASK_KINDS, Context, Rule, visible
 
@@ -206,7 +206,8 @@ chunked = Form(_chunked_forward, _chunked_backward)
 def _where(tpu: Callable, default: Callable) -> Callable:
     """One of two functions of (arrays..., rule), chosen when the program is lowered."""
     own = lambda run, rule: functools.partial(run, rule=rule)
-    return lambda *arrays_rule: on_tpu(own(tpu, arrays_rule[-1]), own(default, arrays_rule[-1]), None, *arrays_rule[:-1])
+    return lambda *arrays_rule: by_platform(*arrays_rule[:-1], tpu=own(tpu, arrays_rule[-1]),
+                                            otherwise=own(default, arrays_rule[-1]))
 
 
 def _interpreted(kernel: Callable) -> Callable:

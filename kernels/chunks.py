@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +24,24 @@ def join(x_MxBxQx: jax.Array, L: int) -> jax.Array:
     """The inverse of `chunks_first`."""
     x_BxMxQx = jnp.moveaxis(x_MxBxQx, 0, 1)
     return x_BxMxQx.reshape(x_BxMxQx.shape[0], -1, *x_BxMxQx.shape[3:])[:, :L]
+
+
+def one_by_one(
+    run: Callable[..., tuple[jax.Array, Any]], state: Any, tokens_BxLx: tuple[jax.Array, ...], Q: int
+) -> tuple[jax.Array, Any]:
+    """(y_BxLx, the state after the row) of `run(state, *tokens_BxQx)`, (y_BxQx, the state after them), chunk after chunk.
+
+    The backward pass keeps the tokens and the state before each chunk, and makes the rest again, a chunk at a time.
+    """
+    L = tokens_BxLx[0].shape[1]
+
+    @jax.checkpoint
+    def chunk(state, tokens_BxQx):
+        y_BxQx, state = run(state, *tokens_BxQx)
+        return state, y_BxQx
+
+    state, y_MxBxQx = jax.lax.scan(chunk, state, tuple(chunks_first(x, min(Q, L)) for x in tokens_BxLx))
+    return join(y_MxBxQx, L), state
 
 
 def chunk_documents(documents_BxL: jax.Array, Q: int) -> tuple[jax.Array, jax.Array]:

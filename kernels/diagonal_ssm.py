@@ -5,15 +5,17 @@ Complex numbers are pairs of float32 arrays, real and imaginary part.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from kernels.chunks import chunks_first, join
+from kernels.chunks import one_by_one
+from kernels.lowering import by_platform
 
-CHUNK = 64  # tokens whose (B, C * M, N) states are alive at one time in `chunked`
+CHUNK = 64  # tokens whose (B, C * M, N) states are alive at one time in `chunked`, and again in `sequential`
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -42,27 +44,28 @@ def chunked(
     u_BxLxC: jax.Array, a_CxN: Pair, c_CxN: Pair, first_BxL: jax.Array, valid_BxL: jax.Array, h_BxCxN: Pair
 ) -> tuple[jax.Array, Pair]:
     """`reference` by an associative scan within each chunk; the backward pass keeps the inputs and a state a chunk."""
-    L = u_BxLxC.shape[1]
-    Q = min(CHUNK, L)
-
     def then(first: tuple[Pair, Pair], second: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
         (a1, b1), (a2, b2) = first, second
         passed = multiply(a2, b1)
         return multiply(a1, a2), (passed[0] + b2[0], passed[1] + b2[1])
 
-    @jax.checkpoint
-    def chunk(h, tokens):
-        u_BxQxC, first_BxQ, valid_BxQ = tokens
+    def chunk(h, u_BxQxC, first_BxQ, valid_BxQ):
         decay, u_BxQxCx1 = _terms(u_BxQxC, a_CxN, first_BxQ, valid_BxQ)
         carried = multiply((decay[0][:, 0], decay[1][:, 0]), h)
         real_BxQxCxN = jnp.broadcast_to(u_BxQxCx1, (*u_BxQxC.shape, a_CxN[0].shape[1]))
         inputs = real_BxQxCxN.at[:, 0].add(carried[0]), jnp.zeros_like(real_BxQxCxN).at[:, 0].add(carried[1])
         _, h = jax.lax.associative_scan(then, (decay, inputs), axis=1)
-        return (h[0][:, -1], h[1][:, -1]), _read("bqcn,cn->bqc", h, c_CxN)
+        return _read("bqcn,cn->bqc", h, c_CxN), (h[0][:, -1], h[1][:, -1])
 
-    tokens = tuple(chunks_first(x, Q) for x in (u_BxLxC, first_BxL, valid_BxL))
-    h_BxCxN, y = jax.lax.scan(chunk, h_BxCxN, tokens)
-    return join(y, L), h_BxCxN
+    return one_by_one(chunk, h_BxCxN, (u_BxLxC, first_BxL, valid_BxL), CHUNK)
+
+
+def sequential(
+    u_BxLxC: jax.Array, a_CxN: Pair, c_CxN: Pair, first_BxL: jax.Array, valid_BxL: jax.Array, h_BxCxN: Pair
+) -> tuple[jax.Array, Pair]:
+    """`reference` for a CPU; the backward pass keeps the inputs and a state a chunk."""
+    chunk = lambda h, u_BxQxC, first_BxQ, valid_BxQ: reference(u_BxQxC, a_CxN, c_CxN, first_BxQ, valid_BxQ, h)
+    return one_by_one(chunk, h_BxCxN, (u_BxLxC, first_BxL, valid_BxL), CHUNK)
 
 
 def _terms(u_BxxC: jax.Array, a_CxN: Pair, first_Bxx: jax.Array, valid_Bxx: jax.Array) -> tuple[Pair, jax.Array]:
@@ -78,7 +81,9 @@ def _read(spec: str, h: Pair, c_CxN: Pair) -> jax.Array:
     return jnp.einsum(spec, h[0], c_CxN[0]) - jnp.einsum(spec, h[1], c_CxN[1])
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, Pair]]] = {"reference": reference, "chunked": chunked}
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, Pair]]] = {
+    "reference": reference, "chunked": chunked, "sequential": sequential,
+}  # fmt: skip
 
 
 def diagonal_ssm(
@@ -99,7 +104,8 @@ def diagonal_ssm(
       positions_BxL: int32; a valid position 0 begins a document: nothing of the state before is left.
       segment_ids_BxL: int32, 0 is padding: it leaves the state unchanged, and its y means nothing.
       state_BxCxMxN: float32, before the row; None: zeros.
-      implementation: a key of IMPLEMENTATIONS; None chooses by shape.
+      implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `sequential` where the program is lowered
+        for a CPU and `chunked` elsewhere.
 
     Returns:
       (y_BxLxCxM in u's dtype, the state after the row).
@@ -118,17 +124,17 @@ def diagonal_ssm(
         if any(part.shape != shape for part in parts):
             raise ValueError(f"diagonal_ssm: {name} has shape {parts[0].shape}, not {shape}")
     if implementation is None:
-        implementation = "reference" if L == 1 else "chunked"
-    if implementation not in IMPLEMENTATIONS:
+        run = reference if L == 1 else functools.partial(by_platform, cpu=sequential, otherwise=chunked)
+    elif implementation in IMPLEMENTATIONS:
+        run = IMPLEMENTATIONS[implementation]
+    else:
         raise ValueError(f"diagonal_ssm: implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
     valid_BxL = segment_ids_BxL != 0
     # Channels and copies are one axis inside: an axis of one copy between C and N once crashed the TPU compiler (H3).
     a_CxN, c_CxN = ([jnp.repeat(part, M, axis=0) for part in pair] for pair in (a_CxN, c_CxN))
     h_BxCxN = tuple(part.reshape(B, C * M, N) for part in state)
     first_BxL = valid_BxL & (positions_BxL == 0)
-    y, h_BxCxN = IMPLEMENTATIONS[implementation](
-        u_BxLxCxM.reshape(B, L, C * M), a_CxN, c_CxN, first_BxL, valid_BxL, h_BxCxN
-    )
+    y, h_BxCxN = run(u_BxLxCxM.reshape(B, L, C * M), a_CxN, c_CxN, first_BxL, valid_BxL, h_BxCxN)
     state = tuple(part.reshape(B, C, M, N) for part in h_BxCxN)
     return y.reshape(u_BxLxCxM.shape).astype(u_BxLxCxM.dtype), state
 

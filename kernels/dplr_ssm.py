@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.chunks import chunks_first, join
+from kernels.chunks import one_by_one
 from kernels.diagonal_ssm import Pair, multiply
 
 CHUNK = 64  # tokens whose states are kept at one time by `chunked`, in the backward pass
@@ -88,16 +88,8 @@ def chunked(
     u_BxLxC: jax.Array, system: Discrete, first_BxL: jax.Array, valid_BxL: jax.Array, h_BxCxN: Pair
 ) -> tuple[jax.Array, Pair]:
     """`reference` in chunks: the backward pass keeps one state a chunk and makes the others again."""
-    L = u_BxLxC.shape[1]
-
-    @jax.checkpoint
-    def chunk(h, tokens):
-        y, h = reference(*tokens[:1], system, *tokens[1:], h)
-        return h, y
-
-    tokens = tuple(chunks_first(x, min(CHUNK, L)) for x in (u_BxLxC, first_BxL, valid_BxL))
-    h_BxCxN, y = jax.lax.scan(chunk, h_BxCxN, tokens)
-    return join(y, L), h_BxCxN
+    chunk = lambda h, u_BxQxC, first_BxQ, valid_BxQ: reference(u_BxQxC, system, first_BxQ, valid_BxQ, h)
+    return one_by_one(chunk, h_BxCxN, (u_BxLxC, first_BxL, valid_BxL), CHUNK)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, Pair]]] = {"reference": reference, "chunked": chunked}

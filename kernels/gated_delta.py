@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kernels import gated_delta_pallas
 from kernels.chunks import chunks_first
 from kernels.linear_attention import linear_attention
-from kernels.lowering import on_tpu
+from kernels.lowering import by_platform
 
 
 def reference(
@@ -191,7 +191,9 @@ def gated_delta(
     operands = q, k, v, log_decay_BxLxH, write_BxLxH, reset_BxL, state_BxHxKxV
     runs = {name: functools.partial(run, chunk=chunk) for name, run in IMPLEMENTATIONS.items()}
     if implementation is None and L > 1:
-        y_BxLxHxV, state_BxHxKxV = on_tpu(runs["pallas"], runs["chunked"], refusal, *operands)
+        y_BxLxHxV, state_BxHxKxV = by_platform(
+            *operands, tpu=runs["pallas"], otherwise=runs["chunked"], refusal=refusal
+        )
     else:
         y_BxLxHxV, state_BxHxKxV = runs[implementation or "reference"](*operands)
     return y_BxLxHxV.astype(q_BxLxHxK.dtype), state_BxHxKxV

@@ -10,15 +10,22 @@ from typing import Any
 import jax
 
 
-def on_tpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], refusal: str | None, *operands: Any) -> Any:
-    """kernel(*operands) where the program is lowered for a TPU, else otherwise(*operands); both differentiable.
+def by_platform(
+    *operands: Any,
+    otherwise: Callable[..., Any],
+    tpu: Callable[..., Any] | None = None,
+    cpu: Callable[..., Any] | None = None,
+    refusal: str | None = None,
+) -> Any:
+    """f(*operands), f being that of the platform which the program is lowered for, else `otherwise`; all differentiable.
 
-    refusal: why the kernel can't serve these operands: then `otherwise` is taken everywhere, with one line in the log.
+    refusal: why `tpu` can't serve these operands: then it isn't taken, with one line in the log.
     """
     if refusal is not None:
         say_once(refusal)
-        return otherwise(*operands)
-    return jax.lax.platform_dependent(*operands, tpu=kernel, default=otherwise)
+        tpu = None
+    own = {name: run for name, run in (("tpu", tpu), ("cpu", cpu)) if run is not None}
+    return jax.lax.platform_dependent(*operands, **own, default=otherwise) if own else otherwise(*operands)
 
 
 @functools.cache

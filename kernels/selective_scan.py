@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels import selective_scan_pallas
-from kernels.chunks import chunks_first, join
-from kernels.lowering import on_tpu
+from kernels.chunks import chunks_first, join, one_by_one
+from kernels.lowering import by_platform
+from kernels.varying import vary_alike
 
-CHUNK = 64  # tokens whose (B, I, N) states are alive at one time in `chunked` and `pallas`
+CHUNK = 64  # tokens whose (B, I, N) states are alive at one time, in every form but `reference`
 
 
 def reference(
@@ -52,20 +53,13 @@ def chunked(
 
     The backward pass keeps the inputs and one state a chunk, and makes a chunk's states again.
     """
-    B, L, I = x_BxLxI.shape
-    Q = min(CHUNK, L)
-
-    @jax.checkpoint
-    def chunk(h_BxIxN, tokens):
-        x_BxQxI, dt_BxQxI, b_BxQxN, c_BxQxN, first_BxQ, valid_BxQ = tokens
+    def chunk(h_BxIxN, x_BxQxI, dt_BxQxI, b_BxQxN, c_BxQxN, first_BxQ, valid_BxQ):
         decay, inputs = _terms(x_BxQxI, dt_BxQxI, a_IxN, b_BxQxN, first_BxQ, valid_BxQ)
         inputs = inputs.at[:, 0].add(decay[:, 0] * h_BxIxN)
         _, h_BxQxIxN = jax.lax.associative_scan(then, (decay, inputs), axis=1)
-        return h_BxQxIxN[:, -1], jnp.einsum("bqin,bqn->bqi", h_BxQxIxN, c_BxQxN.astype(jnp.float32))
+        return jnp.einsum("bqin,bqn->bqi", h_BxQxIxN, c_BxQxN.astype(jnp.float32)), h_BxQxIxN[:, -1]
 
-    tokens = (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, valid_BxL)
-    h_BxIxN, y_MxBxQxI = jax.lax.scan(chunk, h_BxIxN, tuple(chunks_first(x, Q) for x in tokens))
-    return join(y_MxBxQxI, L), h_BxIxN
+    return one_by_one(chunk, h_BxIxN, (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, valid_BxL), CHUNK)
 
 
 def _terms(x_BxxI, dt_BxxI, a_IxN, b_BxxN, first_Bxx, valid_Bxx) -> tuple[jax.Array, jax.Array]:
@@ -83,6 +77,98 @@ def then(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
     return a1 * a2, a2 * b1 + b2
 
 
+def sequential(
+    x_BxLxI: jax.Array,
+    dt_BxLxI: jax.Array,
+    a_IxN: jax.Array,
+    b_BxLxN: jax.Array,
+    c_BxLxN: jax.Array,
+    first_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    h_BxIxN: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`reference` for a CPU: one token after another, with the channels side by side in memory, and its derivative by hand.
+
+    The backward pass keeps the inputs and one state a chunk, and makes a chunk's states again.
+    """
+    x, dt, b = (jnp.where(valid_BxL[..., None], array.astype(jnp.float32), 0.0) for array in (x_BxLxI, dt_BxLxI, b_BxLxN))
+    c, first = c_BxLxN.astype(jnp.float32), first_BxL.astype(jnp.float32)
+    y_BxLxI, h_BxNxI = _scan(*vary_alike(x, dt, a_IxN.T, b, c, first, jnp.swapaxes(h_BxIxN, 1, 2)))
+    return y_BxLxI, jnp.swapaxes(h_BxNxI, 1, 2)
+
+
+def _advance(a_NxI: jax.Array, h_BxNxI: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """(h after the token, what it kept of each number of the one before). dt = 0 and x = 0, padding, leave h as it is."""
+    x_BxI, dt_BxI, b_BxN, first_B = token
+    decay_BxNxI = jnp.where(first_B[:, None, None] != 0, 0.0, jnp.exp(dt_BxI[:, None] * a_NxI))
+    return decay_BxNxI * h_BxNxI + (dt_BxI * x_BxI)[:, None] * b_BxN[:, :, None], decay_BxNxI
+
+
+def _by_token(tokens_BxQx: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.moveaxis(array, 1, 0) for array in tokens_BxQx)
+
+
+@jax.custom_vjp
+def _scan(x_BxLxI, dt_BxLxI, a_NxI, b_BxLxN, c_BxLxN, first_BxL, h_BxNxI) -> tuple[jax.Array, jax.Array]:
+    """(y_BxLxI, the last h_BxNxI). All float32; padding has x = dt = b = 0, a first token 1 in `first`."""
+    return _scan_forward(x_BxLxI, dt_BxLxI, a_NxI, b_BxLxN, c_BxLxN, first_BxL, h_BxNxI)[0]
+
+
+def _scan_forward(x_BxLxI, dt_BxLxI, a_NxI, b_BxLxN, c_BxLxN, first_BxL, h_BxNxI):
+    def step(h_BxNxI, token):
+        *inputs, c_BxN = token
+        h_BxNxI, _ = _advance(a_NxI, h_BxNxI, inputs)
+        return h_BxNxI, jnp.einsum("bni,bn->bi", h_BxNxI, c_BxN)
+
+    def chunk(h_BxNxI, tokens):
+        after_BxNxI, y_QxBxI = jax.lax.scan(step, h_BxNxI, _by_token(tokens))
+        return after_BxNxI, (jnp.moveaxis(y_QxBxI, 0, 1), h_BxNxI)
+
+    tokens = tuple(chunks_first(array, CHUNK) for array in (x_BxLxI, dt_BxLxI, b_BxLxN, first_BxL, c_BxLxN))
+    h_BxNxI, (y_MxBxQxI, before_MxBxNxI) = jax.lax.scan(chunk, h_BxNxI, tokens)
+    saved = x_BxLxI, dt_BxLxI, a_NxI, b_BxLxN, c_BxLxN, first_BxL, before_MxBxNxI
+    return (join(y_MxBxQxI, x_BxLxI.shape[1]), h_BxNxI), saved
+
+
+def _scan_backward(saved, cotangents):
+    """With g the gradient of a token's own h: that of the one before has decay * g, and exp(dt a) gives both dt and a
+    decay * h_before * g, times the other of them. Sums over N or I are products with b, c, a or x: those are fast."""
+    x_BxLxI, dt_BxLxI, a_NxI, b_BxLxN, c_BxLxN, first_BxL, before_MxBxNxI = saved
+    dy_BxLxI, dh_BxNxI = cotangents
+
+    def step(carry, token):
+        dh_BxNxI, da_NxI = carry
+        x_BxI, dt_BxI, b_BxN, c_BxN, dy_BxI, h_BxNxI, kept_BxNxI, decay_BxNxI = token
+        g_BxNxI = dh_BxNxI + dy_BxI[:, None] * c_BxN[:, :, None]
+        db_BxN = jnp.einsum("bni,bi->bn", g_BxNxI, dt_BxI * x_BxI)
+        dc_BxN = jnp.einsum("bni,bi->bn", h_BxNxI, dy_BxI)
+        written_BxI = jnp.einsum("bni,bn->bi", g_BxNxI, b_BxN)
+        rate_BxNxI = g_BxNxI * kept_BxNxI
+        ddt_BxI = x_BxI * written_BxI + jnp.einsum("bni,ni->bi", rate_BxNxI, a_NxI)
+        da_NxI += jnp.sum(dt_BxI[:, None] * rate_BxNxI, axis=0)
+        return (decay_BxNxI * g_BxNxI, da_NxI), (dt_BxI * written_BxI, ddt_BxI, db_BxN, dc_BxN)
+
+    def again(h_BxNxI, token):
+        after_BxNxI, decay_BxNxI = _advance(a_NxI, h_BxNxI, token)
+        return after_BxNxI, (after_BxNxI, decay_BxNxI * h_BxNxI, decay_BxNxI)
+
+    def chunk(carry, one):
+        h_BxNxI, *tokens = one
+        x, dt, b, c, first, dy = _by_token(tokens)
+        _, states = jax.lax.scan(again, h_BxNxI, (x, dt, b, first))
+        carry, gradients = jax.lax.scan(step, carry, (x, dt, b, c, dy, *states), reverse=True)
+        return carry, _by_token(gradients)
+
+    tokens = (chunks_first(array, CHUNK) for array in (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, dy_BxLxI))
+    da_NxI = vary_alike(jnp.zeros_like(a_NxI), a_NxI)[0]
+    (dh_BxNxI, da_NxI), gradients = jax.lax.scan(chunk, (dh_BxNxI, da_NxI), (before_MxBxNxI, *tokens), reverse=True)
+    dx, ddt, db, dc = (join(array, x_BxLxI.shape[1]) for array in gradients)
+    return dx, ddt, da_NxI, db, dc, jnp.zeros_like(first_BxL), dh_BxNxI
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
 def pallas(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The TPU's kernels, with the same chunks; arguments and result as of `chunked`."""
     return selective_scan_pallas.pallas(*operands, CHUNK)
@@ -91,6 +177,7 @@ def pallas(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": reference,
     "chunked": chunked,
+    "sequential": sequential,
     "pallas": pallas,
 }
 
@@ -115,7 +202,8 @@ def selective_scan(
       segment_ids_BxL: int32, 0 is padding: it leaves the state unchanged, and its y means nothing.
       state_BxIxN: float32, before the row; None: zeros.
       implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `pallas` where the program is lowered for
-        a TPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
+        a TPU, `sequential` for a CPU and `chunked` elsewhere. A TPU's kernel runs elsewhere only within
+        `pltpu.force_tpu_interpret_mode`.
 
     Returns:
       (y_BxLxI in x's dtype, state_BxIxN after the row, float32). The recurrence is float32 throughout.
@@ -148,5 +236,7 @@ def selective_scan(
         return y_BxLxI.astype(x_BxLxI.dtype), state_BxIxN
 
     if implementation is None and L > 1:
-        return on_tpu(functools.partial(run, "pallas"), functools.partial(run, "chunked"), refusal, *operands)
+        ways = {"tpu": "pallas", "cpu": "sequential", "otherwise": "chunked"}
+        ways = {platform: functools.partial(run, name) for platform, name in ways.items()}
+        return by_platform(*operands, **ways, refusal=refusal)
     return run(implementation or "reference", *operands)

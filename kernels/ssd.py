@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kernels import ssd_pallas
 from kernels.convolution import document_counts
 from kernels.linear_attention import linear_attention
-from kernels.lowering import on_tpu
+from kernels.lowering import by_platform
 
 
 def reference(
@@ -133,8 +133,8 @@ def ssd(
         return y_BxLxGxRxK.astype(x_BxLxHxK.dtype), h_BxGxRxKxN
 
     if implementation is None and L > 1:
-        ways = functools.partial(run, "pallas"), functools.partial(run, "chunked")
-        y_BxLxGxRxK, h_BxGxRxKxN = on_tpu(*ways, refusal, *operands)
+        ways = dict(tpu=functools.partial(run, "pallas"), otherwise=functools.partial(run, "chunked"))
+        y_BxLxGxRxK, h_BxGxRxKxN = by_platform(*operands, **ways, refusal=refusal)
     else:
         y_BxLxGxRxK, h_BxGxRxKxN = run(implementation or "reference", *operands)
     return y_BxLxGxRxK.reshape(B, L, H, K), h_BxGxRxKxN.reshape(B, H, K, N)

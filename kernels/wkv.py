@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels import wkv_pallas
-from kernels.lowering import on_tpu
+from kernels import chunks, wkv_pallas
+from kernels.lowering import by_platform
 
-CHUNK = 64  # tokens of `pallas` whose sums are alive at one time
+CHUNK = 64  # tokens of `sequential` and `pallas` whose sums are alive at one time
 NOTHING = -1e38  # exponent of an empty sum: finite, so that the difference of two is no NaN
 
 
@@ -99,6 +99,15 @@ def associative(k_BxLxN, v_BxLxN, decay_N, bonus_N, valid_BxL, reset_BxL, state:
     return read(before_BxLxN, bonus_N, k_BxLxN, v_BxLxN), jax.tree.map(lambda x: x[:, -1], after_BxLxN)
 
 
+def sequential(k_BxLxN, v_BxLxN, decay_N, bonus_N, valid_BxL, reset_BxL, state: Sums) -> tuple[jax.Array, Sums]:
+    """`reference`, whose backward pass keeps the inputs and the sums before each chunk, and makes a chunk's sums again."""
+
+    def chunk(state, k_BxQxN, v_BxQxN, valid_BxQ, reset_BxQ):
+        return reference(k_BxQxN, v_BxQxN, decay_N, bonus_N, valid_BxQ, reset_BxQ, state)
+
+    return chunks.one_by_one(chunk, state, (k_BxLxN, v_BxLxN, valid_BxL, reset_BxL), CHUNK)
+
+
 def pallas(*operands) -> tuple[jax.Array, Sums]:
     """The TPU's kernels; arguments and result as of `reference`."""
     return wkv_pallas.pallas(step, *operands, CHUNK)
@@ -107,6 +116,7 @@ def pallas(*operands) -> tuple[jax.Array, Sums]:
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[jax.Array, Sums]]] = {
     "reference": reference,
     "associative": associative,
+    "sequential": sequential,
     "pallas": pallas,
 }
 
@@ -135,7 +145,8 @@ def wkv(
       positions_BxL, segment_ids_BxL: int32, positions from 0 in each document; segment 0 is padding.
       state: the sums before the first token, each (B, N); None: empty.
       implementation: a key of IMPLEMENTATIONS; None: `reference` for one token, else `pallas` where the program is lowered for
-        a TPU and `associative` elsewhere. A TPU's kernel runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
+        a TPU, `sequential` for a CPU (all tokens at once only cost it memory) and `associative` elsewhere. A TPU's kernel
+        runs elsewhere only within `pltpu.force_tpu_interpret_mode`.
 
     Raises:
       ValueError: shapes that don't fit, an unknown implementation.
@@ -159,7 +170,7 @@ def wkv(
     k, v, decay, bonus = (x.astype(jnp.float32) for x in (k_BxLxN, v_BxLxN, decay_N, bonus_N))
     operands = (k, v, decay, bonus, valid_BxL, reset_BxL, state)
     if implementation is None and L > 1:
-        y_BxLxN, state = on_tpu(pallas, associative, None, *operands)
+        y_BxLxN, state = by_platform(*operands, tpu=pallas, cpu=sequential, otherwise=associative)
     else:
         y_BxLxN, state = IMPLEMENTATIONS[implementation or "reference"](*operands)
     return y_BxLxN.astype(v_BxLxN.dtype), state

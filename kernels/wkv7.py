@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kernels import wkv7_pallas
 from kernels.chunks import chunks_first
-from kernels.lowering import on_tpu
+from kernels.lowering import by_platform
 
 
 def reference(
@@ -193,7 +193,9 @@ def wkv7(
     operands = r, log_decay, k, v, key, removal, reset_BxL, state.astype(jnp.float32)
     runs = {name: functools.partial(run, chunk=chunk) for name, run in IMPLEMENTATIONS.items()}
     if implementation is None and L > 1:
-        y, state = on_tpu(runs["pallas"], runs["chunked"], refusal, *operands)
+        y, state = by_platform(
+            *operands, tpu=runs["pallas"], otherwise=runs["chunked"], refusal=refusal
+        )
     else:
         y, state = runs[implementation or "reference"](*operands)
     return y.astype(r_BxLxHxK.dtype), state

@@ -1,6 +1,6 @@
 """The kernels' implementations in turns, values and gradients: `python -m tools.benchmark kernels [--json]`.
 
-On a CPU: `chunked` against the readable reference at L 2048, and how the memory of its temporaries grows with L (exponent 1 is
+On a CPU: each against the readable reference at L 2048, and how the memory of its temporaries grows with L (exponent 1 is
 linear; counted by the compiler, not timed). On an accelerator every implementation that its back end has, in bfloat16 and at
 longer rows, next to what a matrix product and a copy reach there.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from kernels import attention, gated_delta, linear_recurrence, selective_scan, ssd, wkv, wkv7
+from kernels import attention, diagonal_ssm, gated_delta, linear_recurrence, selective_scan, ssd, wkv, wkv7
 
 LENGTHS = (2048, 4096, 8192)  # of which the compiler counts the memory
 Arrays = Mapping[str, jax.Array]
@@ -40,6 +40,14 @@ def _unit(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
     return draw
 
 
+def _decays(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
+    """A pair, real and imaginary part, of numbers within the unit circle."""
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        radius, angle = np.exp(-0.1 * rng.random(shape)), np.pi * rng.random(shape)
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)])
+    return draw
+
+
 def arguments(kernel: str, B: int, L: int, D: int) -> dict[str, Callable[[np.random.Generator], np.ndarray]]:
     """By name, how each differentiated array is drawn, for a model of width D; heads of 64, or 128 where D is 1024 or more."""
     K = 128 if D >= 1024 else 64
@@ -52,6 +60,7 @@ def arguments(kernel: str, B: int, L: int, D: int) -> dict[str, Callable[[np.ran
         "selective_scan": {"x_BxLxI": _normal(B, L, D), "dt_BxLxI": _positive(B, L, D),
                            "a_IxN": lambda rng: -np.broadcast_to(np.arange(1.0, 17.0), (D, 16)),
                            "b_BxLxN": _normal(B, L, 16), "c_BxLxN": _normal(B, L, 16)},
+        "diagonal_ssm": {"u_BxLxCxM": _normal(B, L, D, 1), "a_CxN": _decays(D, 32), "c_CxN": _normal(2, D, 32)},
         "gated_delta": {"q_BxLxHxK": _unit(*heads), "k_BxLxHxK": _unit(*heads), "v_BxLxHxV": _normal(*heads),
                         "log_decay_BxLxH": _log_decay(*gates), "write_BxLxH": lambda rng: rng.random(gates)},
         "wkv": {"k_BxLxN": _normal(B, L, D), "v_BxLxN": _normal(B, L, D), "decay_N": _positive(D), "bonus_N": _normal(D)},
@@ -63,8 +72,8 @@ def arguments(kernel: str, B: int, L: int, D: int) -> dict[str, Callable[[np.ran
 
 
 KERNELS = {module.__name__.rpartition(".")[2]: module
-           for module in (attention, ssd, selective_scan, gated_delta, wkv, wkv7, linear_recurrence)}
-FLOAT32 = {"a_H", "a_IxN", "decay_N", "bonus_N"}
+           for module in (attention, ssd, selective_scan, diagonal_ssm, gated_delta, wkv, wkv7, linear_recurrence)}
+FLOAT32 = {"a_H", "a_IxN", "a_CxN", "c_CxN", "decay_N", "bonus_N"}
 
 
 def gradients(kernel: str, implementation: str, L: int) -> Callable[[Arrays], tuple[jax.Array, Arrays]]:
@@ -88,14 +97,14 @@ def gradients(kernel: str, implementation: str, L: int) -> Callable[[Arrays], tu
     return jax.value_and_grad(total)
 
 
-def _drawn(kernel: str, B: int, L: int, D: int, dtype: Any) -> dict[str, jax.Array]:
+def drawn(kernel: str, B: int, L: int, D: int, dtype: Any) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(draw(rng), jnp.float32 if name in FLOAT32 else dtype)
             for name, draw in arguments(kernel, B, L, D).items()}
 
 
 def _abstract(kernel: str, B: int, L: int, D: int, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return jax.eval_shape(lambda: _drawn(kernel, B, L, D, dtype))
+    return jax.eval_shape(lambda: drawn(kernel, B, L, D, dtype))
 
 
 def temporaries(kernel: str, implementation: str, D: int, dtype: Any) -> list[int]:
@@ -121,7 +130,7 @@ def kernels(rounds: int, seconds: float) -> dict[str, Any]:
     for kernel, module in KERNELS.items():
         entry: dict[str, Any] = {"speed_over_reference": {}, "seconds": {}}
         for L in lengths:
-            arrays = _drawn(kernel, B, L, D, dtype)
+            arrays = drawn(kernel, B, L, D, dtype)
             compiled = {}
             for name in module.IMPLEMENTATIONS:
                 if name == "reference" and not small:

@@ -15,7 +15,7 @@ from research.params import Initializer, normal, param
 
 Init = Literal["lin", "inv", "real"]
 Discretization = Literal["zoh", "bilinear"]
-Implementation = Literal["reference", "chunked", "fft"]
+Implementation = Literal["reference", "chunked", "sequential", "fft"]
 
 
 def continuous_modes(init: Init, modes: int) -> tuple[np.ndarray, np.ndarray]:

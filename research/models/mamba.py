@@ -36,7 +36,7 @@ class Mamba(MixerConfig):
     conv_bias: bool = True
     norms: bool = False
     norm_eps: PositiveFloat = 1e-6
-    implementation: Literal["reference", "chunked", "pallas"] | None = None
+    implementation: Literal["reference", "chunked", "sequential", "pallas"] | None = None
 
     def validate(self):
         if self.dt_min > self.dt_max:

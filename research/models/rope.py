@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.lowering import on_tpu
+from kernels.lowering import by_platform
 from research.config import Node, Positive, PositiveFloat
 from research.errors import InputError
 
@@ -99,8 +99,8 @@ def rotate(
     """
     width = width or x_BxLxHxK.shape[-1]
     frequency, magnitude = frequencies(width, base, scaling)
-    forms = (functools.partial(form, magnitude=magnitude) for form in (_turns, _turns_looped))
-    cos, sin = on_tpu(*forms, None, positions_BxL, jnp.asarray(frequency, jnp.float32))
+    plain, looped = (functools.partial(form, magnitude=magnitude) for form in (_turns, _turns_looped))
+    cos, sin = by_platform(positions_BxL, jnp.asarray(frequency, jnp.float32), cpu=looped, otherwise=plain)
     a, b = jnp.split(x_BxLxHxK[..., :width].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxLxHxK.dtype)
     return rotated if width == x_BxLxHxK.shape[-1] else jnp.concatenate([rotated, x_BxLxHxK[..., width:]], axis=-1)

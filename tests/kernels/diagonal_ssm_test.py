@@ -106,8 +106,9 @@ def oracle_of(rows: tuple[str, ...], kind: str, state: bool) -> tuple:
     return in_float64(run, arrays(rows, kind), who(rows))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked", None])
-@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize(
+    "kind, implementation", [(kind, name) for kind in KERNELS for name in (*KERNELS[kind].IMPLEMENTATIONS, None)]
+)
 def test_recurrence(kind, implementation, monkeypatch):
     monkeypatch.setattr(KERNELS[kind], "CHUNK", 4)
     where = who(ROWS)
