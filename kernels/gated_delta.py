@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels import gated_delta_pallas
+from kernels import gated_delta_pallas, unit_triangular
 from kernels.chunks import chunks_first
 from kernels.linear_attention import linear_attention
 from kernels.lowering import by_platform
@@ -97,7 +97,7 @@ def chunked(
     write_NxBxHxCx1 = heads_first(split(write_BxLxH))[..., None]
     a_NxBxHxCxC = write_NxBxHxCx1 * jnp.einsum("nbhck,nbhsk->nbhcs", k, k) * decay_NxBxHxCxC
     right = write_NxBxHxCx1 * jnp.concatenate([v, entry_NxBxHxC[..., None] * k], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(a_NxBxHxCxC, right, left_side=True, lower=True, unit_diagonal=True)
+    solved = unit_triangular.solve(a_NxBxHxCxC, right)
     v, w = jnp.split(solved, [v.shape[-1]], axis=-1)  # b V and b E K, each through the inverse
 
     def step(state_BxHxKxV, one):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels import unit_triangular
 from kernels.chunks import chunk_documents, log_decays, split
 from kernels.chunks_pallas import Kernel, by_head, column, layout, product, scan, weights
 from kernels.varying import vary_alike
@@ -119,13 +120,11 @@ def _linear_flops(*operands: jax.Array) -> tuple[float, float]:
 
 
 def _delta_flops(*operands: jax.Array) -> tuple[float, float]:
-    """As `gated_delta.chunked` has them, in which solving the systems counts nothing.
-
-    Backward: two products for each of forward's, and the systems' gradient, over values and keys as that form solves.
-    """
+    """As `gated_delta.chunked` has them. Backward: two products for each of forward's, but for the systems' inverses."""
     scores, values, memory = _products(*operands)
-    forward = 2 * scores + values + 3 * memory
-    return forward, 2 * forward + scores + values
+    forward = 3 * scores + 2 * values + 3 * memory  # one each for the systems, over keys and values
+    (B, M, Q), (P, R) = operands[0].shape[:3], operands[3].shape[2:4]
+    return forward + B * M * P * R * unit_triangular.flops(Q), 2 * forward
 
 
 LINEAR, DELTA = Kernel("gated_linear", _nothing, _head, _linear_flops), Kernel("gated_delta", _nothing, _head, _delta_flops)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels import wkv7_pallas
+from kernels import unit_triangular, wkv7_pallas
 from kernels.chunks import chunks_first
 from kernels.lowering import by_platform
 
@@ -91,9 +91,7 @@ def chunked(
         jnp.einsum("nbhcs,nbhsv->nbhcv", scores(key_out, k_in, before_NxBx1xCxC), v),
         jnp.where(reaches_NxBx1xCx1, key_out, 0.0),
     ], axis=-1)  # fmt: skip
-    solved = jax.lax.linalg.triangular_solve(
-        scores(key_out, removal_in, before_NxBx1xCxC), right, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = unit_triangular.solve(scores(key_out, removal_in, before_NxBx1xCxC), right)
     found, w = jnp.split(solved, [v.shape[-1]], axis=-1)  # U = found + w S
     y_own = jnp.einsum("nbhcs,nbhsv->nbhcv", scores(r_out, k_in, until_NxBx1xCxC), v)
     r_removal = scores(r_out, removal_in, until_NxBx1xCxC)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from kernels import unit_triangular
 from kernels.chunks import chunk_documents, split
 from kernels.chunks_pallas import Kernel, column, last, layout, product, scan
 from kernels.gated_delta_pallas import solve
@@ -84,14 +87,13 @@ def pallas(
 
 
 def _flops(r_BxMxQxHK, log, k, v_BxMxQxHV, key, removal, documents, old, state, *_) -> tuple[float, float]:
-    """As `wkv7.chunked` has them, in which solving the systems counts nothing.
-
-    Backward: two products for each of forward's (one for the sum of decays), and the systems' gradient, over values and keys.
-    """
+    """As `wkv7.chunked` has them. Backward: two products for each of forward's, but for the sum of decays, which has one, and
+    the systems' inverses, which have none."""
     (B, M, Q, lanes), values, V = r_BxMxQxHK.shape, v_BxMxQxHV.shape[3], state.shape[-1]
     scores, values, memory = 2.0 * B * M * Q * Q * lanes, 2.0 * B * M * Q * Q * values, 2.0 * B * M * Q * lanes * V
-    forward = 5 * scores + 3 * values + 4 * memory
-    return forward, 2 * forward + values
+    forward = 6 * scores + 4 * values + 4 * memory  # one each for the systems, over keys and values as that form solves
+    inverses = B * M * math.prod(state.shape[1:3]) * unit_triangular.flops(Q)
+    return forward + inverses, 2 * forward - scores
 
 
 KERNEL = Kernel("wkv7", _nothing, _head, _flops)

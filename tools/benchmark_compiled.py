@@ -31,7 +31,9 @@ def compiled_for_tpu() -> dict[str, Any]:
     """The JSON of `tools.benchmark aot`: an 8B step's memory, attention's by length, the loss's by vocabulary, and depth."""
     tpu_flags.use("v5p")  # as `tools.aot` does; v5e's are the same
     found: dict[str, Any] = {}
-    for name, measure in (("llama3_8b", eight), ("attention", attention_memory), ("vocabulary", vocabulary), ("depth", depth)):
+    measures = {"llama3_8b": eight, "attention": lambda: attention_memory("v5p:2x2x1"),
+                "attention_v5e": lambda: attention_memory("v5e:2x2"), "vocabulary": vocabulary, "depth": depth}
+    for name, measure in measures.items():
         found[name] = measure()
         logging.info("%s: %s", name, found[name])
     return found
@@ -48,9 +50,12 @@ def eight() -> dict[str, Any]:
     return {**kept, "flops_ratio": found["flops"]["ratio"], "compile_seconds": found["compile_seconds"], "maxtext": MAXTEXT}
 
 
-def attention_memory() -> dict[str, Any]:
-    """Temporaries of attention and its gradients by length: one row of 32 heads of 128 over 8 key heads, bfloat16, on v5p."""
-    device = devices_of(tpu_topology("v5p:2x2x1"))[0]
+def attention_memory(topology: str) -> dict[str, Any]:
+    """Temporaries of attention and its gradients by length: one row of 32 heads of 128 over 8 key heads, bfloat16.
+
+    What the compiler places in the core's own memory (VMEM) isn't in them: all of a short row's, where it has room.
+    """
+    device = devices_of(tpu_topology(topology))[0]
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def total(q, k, v, positions, segments):
