@@ -86,7 +86,7 @@ RECURRENT: dict[str, tuple[tuple[MixerConfig, ...], int]] = {
     "rwkv7": ((Rwkv7TimeMix(depth=4), Rwkv7ChannelMix(hidden=1024, depth=4)), 4),
 }
 LENGTHS = (1024, 4096, 16384)
-REMAT = {"gated_delta": "dots", "rwkv7": "dots"}  # faster for long rows where a layer keeps much beside its products
+REMAT = {"gated_delta", "rwkv7"}  # with `dots`: faster for long rows where a layer keeps much beside its products
 
 CASES = {"d256": case(256, 6, 4, 704, 8), "d512": case(512, 8, 8, 1408, 4)}
 
@@ -287,7 +287,7 @@ def mixers() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:  # each program is compiled once, whatever the rounds
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         for name in names:
-            rows = {length: row(name, *RECURRENT[name], length, 1, REMAT.get(name, "none")) for length in LENGTHS}
+            rows = {length: row(name, *RECURRENT[name], length, 1, "dots" if name in REMAT else "none") for length in LENGTHS}
             rounds = []  # of each: tokens a second, and a processor's second: of attention, and of each length
             for _ in range(FLAGS.rounds):
                 base_2 = 4096 * np.array(turn_alone(ours, attention, FLAGS.seconds))
