@@ -1,10 +1,13 @@
 """Systems (1 + tril(A, -1)) U = R, many small ones at once, as products of matrices.
 
 Not `jax.lax.linalg.triangular_solve`: on a CPU that is LAPACK's, and for a large batch it waits for the pool of threads that
-it runs on. Two of them at a time on two cores wait for each other for ever (jax 0.10.2; a step of RWKV-7 at 16,384 tokens).
+it runs on. Two of them at a time on two cores wait for each other for ever (jax 0.10.2 and 0.12; a step of RWKV-7 at 16,384
+tokens). Products are float32's also where a matrix unit would round to less: an error in an inverse grows with its use.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ import jax.numpy as jnp
 from kernels.varying import vary_alike
 
 BLOCK = 8  # rows that are found one after another; larger inverses are made of two smaller ones
+
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _padded(Q: int) -> int:
@@ -48,7 +53,7 @@ def inverse(a_xQxQ: jax.Array) -> jax.Array:
         pairs = size // (2 * side)
         below = _diagonal(a_xQxQ.reshape(*batch, pairs, 2, side, pairs, 2, side)[..., 1, :, :, 0, :])
         first, second = found[..., 0::2, :, :], found[..., 1::2, :, :]
-        corner = -(second @ (below @ first))
+        corner = -_product(second, _product(below, first))
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         found = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
         side *= 2
@@ -63,14 +68,14 @@ def solve(a_xQxQ: jax.Array, right_xQxV: jax.Array) -> jax.Array:
 
 def _forward(a_xQxQ, right_xQxV):
     inverse_xQxQ = inverse(a_xQxQ)
-    u_xQxV = inverse_xQxQ @ right_xQxV
+    u_xQxV = _product(inverse_xQxQ, right_xQxV)
     return u_xQxV, (inverse_xQxQ, u_xQxV)
 
 
 def _backward(saved, du_xQxV):
     inverse_xQxQ, u_xQxV = saved
-    dright_xQxV = jnp.swapaxes(inverse_xQxQ, -1, -2) @ du_xQxV
-    return -jnp.tril(dright_xQxV @ jnp.swapaxes(u_xQxV, -1, -2), -1), dright_xQxV
+    dright_xQxV = _product(jnp.swapaxes(inverse_xQxQ, -1, -2), du_xQxV)
+    return -jnp.tril(_product(dright_xQxV, jnp.swapaxes(u_xQxV, -1, -2)), -1), dright_xQxV
 
 
 solve.defvjp(_forward, _backward)
