@@ -15,7 +15,7 @@ from tools import benchmark, benchmark_kernels
 IMPLEMENTATIONS = [(kernel, name) for kernel, module in benchmark_kernels.KERNELS.items() for name in module.IMPLEMENTATIONS]
 
 
-@pytest.mark.parametrize("kernel, name", IMPLEMENTATIONS, ids="-".join)
+@pytest.mark.parametrize("kernel, name", IMPLEMENTATIONS, ids=map("-".join, IMPLEMENTATIONS))
 def test_a_kernel_s_gradients_have_the_shapes_of_its_arguments(kernel, name):
     shapes = jax.eval_shape(lambda: benchmark_kernels.drawn(kernel, 1, 128, 128, jnp.float32))
     total, gradients = jax.eval_shape(benchmark_kernels.gradients(kernel, name, 128), shapes)
