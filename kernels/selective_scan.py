@@ -40,14 +40,7 @@ def reference(
 
 
 def chunked(
-    x_BxLxI: jax.Array,
-    dt_BxLxI: jax.Array,
-    a_IxN: jax.Array,
-    b_BxLxN: jax.Array,
-    c_BxLxN: jax.Array,
-    first_BxL: jax.Array,
-    valid_BxL: jax.Array,
-    h_BxIxN: jax.Array,
+    x_BxLxI, dt_BxLxI, a_IxN, b_BxLxN, c_BxLxN, first_BxL, valid_BxL, h_BxIxN
 ) -> tuple[jax.Array, jax.Array]:
     """`reference` by an associative scan within each chunk of CHUNK tokens, chunk after chunk.
 
@@ -78,14 +71,7 @@ def then(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
 
 
 def sequential(
-    x_BxLxI: jax.Array,
-    dt_BxLxI: jax.Array,
-    a_IxN: jax.Array,
-    b_BxLxN: jax.Array,
-    c_BxLxN: jax.Array,
-    first_BxL: jax.Array,
-    valid_BxL: jax.Array,
-    h_BxIxN: jax.Array,
+    x_BxLxI, dt_BxLxI, a_IxN, b_BxLxN, c_BxLxN, first_BxL, valid_BxL, h_BxIxN
 ) -> tuple[jax.Array, jax.Array]:
     """`reference` for a CPU: one token after another, with the channels side by side in memory, and its derivative by hand.
 
@@ -124,7 +110,8 @@ def _scan_forward(x_BxLxI, dt_BxLxI, a_NxI, b_BxLxN, c_BxLxN, first_BxL, h_BxNxI
         after_BxNxI, y_QxBxI = jax.lax.scan(step, h_BxNxI, _by_token(tokens))
         return after_BxNxI, (jnp.moveaxis(y_QxBxI, 0, 1), h_BxNxI)
 
-    tokens = tuple(chunks_first(array, CHUNK) for array in (x_BxLxI, dt_BxLxI, b_BxLxN, first_BxL, c_BxLxN))
+    Q = min(CHUNK, x_BxLxI.shape[1])
+    tokens = tuple(chunks_first(array, Q) for array in (x_BxLxI, dt_BxLxI, b_BxLxN, first_BxL, c_BxLxN))
     h_BxNxI, (y_MxBxQxI, before_MxBxNxI) = jax.lax.scan(chunk, h_BxNxI, tokens)
     saved = x_BxLxI, dt_BxLxI, a_NxI, b_BxLxN, c_BxLxN, first_BxL, before_MxBxNxI
     return (join(y_MxBxQxI, x_BxLxI.shape[1]), h_BxNxI), saved
@@ -159,7 +146,8 @@ def _scan_backward(saved, cotangents):
         carry, gradients = jax.lax.scan(step, carry, (x, dt, b, c, dy, *states), reverse=True)
         return carry, _by_token(gradients)
 
-    tokens = (chunks_first(array, CHUNK) for array in (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, dy_BxLxI))
+    Q = min(CHUNK, x_BxLxI.shape[1])
+    tokens = (chunks_first(array, Q) for array in (x_BxLxI, dt_BxLxI, b_BxLxN, c_BxLxN, first_BxL, dy_BxLxI))
     da_NxI = vary_alike(jnp.zeros_like(a_NxI), a_NxI)[0]
     (dh_BxNxI, da_NxI), gradients = jax.lax.scan(chunk, (dh_BxNxI, da_NxI), (before_MxBxNxI, *tokens), reverse=True)
     dx, ddt, db, dc = (join(array, x_BxLxI.shape[1]) for array in gradients)
