@@ -24,6 +24,7 @@ from research.config import MixerConfig, Positive, PositiveFloat
 from research.errors import InputError
 from research.models.context import Context
 from research.models.norm import rms_normalize
+from research.models.remade import remade
 from research.params import Initializer, fan_in, ones, param
 
 L2_EPS = 1e-6
@@ -89,7 +90,7 @@ def _convolve(xs, taps, positions_BxL, segment_ids_BxL, states) -> tuple[list[ja
     y_BxLxC, state_BxPxC = causal_convolution(
         joined(xs), joined(taps), positions_BxL=positions_BxL, segment_ids_BxL=segment_ids_BxL,
         state_BxPxC=None if states[0] is None else joined(states))
-    return parted(jax.checkpoint(jax.nn.silu, prevent_cse=False)(y_BxLxC)), parted(state_BxPxC)
+    return parted(remade(jax.nn.silu)(y_BxLxC)), parted(state_BxPxC)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -131,7 +132,7 @@ class GatedDeltaMixer(nn.Module):
             return linear(y_BxLxHxV.astype(x_BxLxD.dtype), output_HxVxD, 2)
 
         # Only its inputs are kept for the backward pass: all but the product is one pass to make again.
-        y_BxLxD = jax.checkpoint(finish, prevent_cse=False)(y_BxLxHxV, gain_V, gate_BxLxHxV, output_HxVxD)
+        y_BxLxD = remade(finish)(y_BxLxHxV, gain_V, gate_BxLxHxV, output_HxVxD)
         return y_BxLxD, None if state is None else dict(zip(self.state_axes(cfg), new)), {}
 
     def _project(self, name: str, x_BxLxD: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:

@@ -14,6 +14,7 @@ from research.config import MixerConfig, Positive, PositiveFloat
 from research.errors import InputError
 from research.models.context import Context
 from research.models.norm import rms_normalize
+from research.models.remade import remade
 from research.models.ssm import dt_bias, log_of_uniform, short_convolution
 from research.params import fan_in, ones, param
 
@@ -107,7 +108,7 @@ class Mamba2Mixer(nn.Module):
             normed = rms_normalize(gated_BxLxHxK.reshape(B, L, self.cfg.groups, -1), self.cfg.norm_eps)
             return linear((normed.reshape(B, L, H, K) * gain_HxK).astype(y_BxLxHxK.dtype), output_HxKxD, 2)
 
-        return jax.checkpoint(run, prevent_cse=False)(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK, output_HxKxD)
+        return remade(run)(y_BxLxHxK, u_BxLxHxK, skip_H, z_BxLxHxK, gain_HxK, output_HxKxD)
 
     def _scan(self, u_BxLxHxK, dt_BxLxH, a_H, b_BxLxGxN, c_BxLxGxN, ctx: Context, h_BxHxKxN) -> tuple[jax.Array, jax.Array]:
         def kernel(u, dt, a, b, c, positions, segment_ids, h):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels.linear import linear
 from research.config import MixerConfig, Positive
 from research.models.context import Context
+from research.models.remade import remade
 from research.params import fan_in, param, zeros
 
 ACTIVATIONS = {"gelu": nn.gelu, "gelu_exact": lambda x: nn.gelu(x, approximate=False), "relu": nn.relu,
@@ -65,8 +66,10 @@ class MlpMixer(_Stateless):
     def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
         cfg = self.cfg
         h_BxLxF = self.linear("up", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
-        h_BxLxF = ACTIVATIONS[cfg.activation](h_BxLxF)
-        return self.linear("down", h_BxLxF, x_BxLxD.shape[-1], ("mlp", "embed"), cfg.bias), state, {}
+        activate = ACTIVATIONS[cfg.activation]
+        down_FxD = self.weight("down", cfg.hidden, x_BxLxD.shape[-1], ("mlp", "embed"))
+        y_BxLxD = remade(lambda h, down: linear(activate(h), down))(h_BxLxF, down_FxD)
+        return self.with_bias("down", y_BxLxD, "embed", cfg.bias), state, {}
 
     @staticmethod
     def flops(cfg: Mlp, dim: int, seq_len: int, causal: bool = True) -> float:
@@ -83,9 +86,7 @@ class GatedMlpMixer(_Stateless):
         up_BxLxF = self.linear("up", x_BxLxD, cfg.hidden, ("embed", "mlp"), cfg.bias)
         activate = ACTIVATIONS[cfg.activation]
         down_FxD = self.weight("down", cfg.hidden, x_BxLxD.shape[-1], ("mlp", "embed"))
-        # Only gate and up are kept for the backward pass; their product and what the activation keeps are made again.
-        mix = jax.checkpoint(lambda gate, up, down: linear(activate(gate) * up, down), prevent_cse=False)
-        y_BxLxD = mix(gate_BxLxF, up_BxLxF, down_FxD)
+        y_BxLxD = remade(lambda gate, up, down: linear(activate(gate) * up, down))(gate_BxLxF, up_BxLxF, down_FxD)
         return self.with_bias("down", y_BxLxD, "embed", cfg.bias), state, {}
 
     @staticmethod

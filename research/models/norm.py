@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.models.remade import remade
 from research.params import ones, param, zeros
 from research.schema import Norm
 
@@ -24,11 +25,11 @@ class NormLayer(nn.Module):
         shape = (x_BxLxD.shape[-1],)
         gain_D = param(self, "gain", shape, ("embed",), ones, role="vector").astype(jnp.float32)
         if self.config.kind == "rmsnorm":
-            # Only x and the gain are kept for the backward pass: the rest is one pass to make again.
-            normalize = jax.checkpoint(lambda x, gain: (rms_normalize(x, self.config.eps) * gain).astype(x.dtype),
-                                       prevent_cse=False)
-            return normalize(x_BxLxD, gain_D)
+            return remade(lambda x, gain: (rms_normalize(x, self.config.eps) * gain).astype(x.dtype))(x_BxLxD, gain_D)
         bias_D = param(self, "bias", shape, ("embed",), zeros, role="vector").astype(jnp.float32)
+        return remade(self._layer_norm)(x_BxLxD, gain_D, bias_D)
+
+    def _layer_norm(self, x_BxLxD: jax.Array, gain_D: jax.Array, bias_D: jax.Array) -> jax.Array:
         centered = x_BxLxD.astype(jnp.float32)
         centered = centered - jnp.mean(centered, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + self.config.eps)

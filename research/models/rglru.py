@@ -21,6 +21,7 @@ from research import sharding
 from research.config import MixerConfig, Positive
 from research.errors import InputError
 from research.models.context import Context
+from research.models.remade import remade
 from research.params import fan_in, normal, param, zeros
 
 STEEPNESS = 8.0
@@ -76,15 +77,18 @@ def rglru(
     u_BxLxN, x_BxPxN = causal_convolution(flat(x_BxLxHxK), flat(weights["conv"]), state_BxPxC=flat(x_BxPxHxK), **ids)
     u_BxLxHxK = heads(u_BxLxN) + weights["conv_bias"].astype(u_BxLxN.dtype)
 
-    def gate(name: str) -> jax.Array:
-        z_BxLxHxK = jnp.einsum("blhi,hik->blhk", u_BxLxHxK, weights[name]).astype(jnp.float32)
-        return jax.nn.sigmoid(z_BxLxHxK + weights[f"{name}_bias"].astype(jnp.float32))
+    def coefficients(u_BxLxHxK, products: dict[str, jax.Array], weights: dict[str, jax.Array]):
+        def gate(name: str) -> jax.Array:
+            return jax.nn.sigmoid(products[name].astype(jnp.float32) + weights[f"{name}_bias"].astype(jnp.float32))
 
-    log_a_BxLxHxK = -STEEPNESS * jax.nn.softplus(weights["lambda"].astype(jnp.float32)) * gate("recurrence_gate")
-    scale_BxLxHxK = bounded_root(-jnp.expm1(2.0 * log_a_BxLxHxK))
-    scale_BxLxHxK = jnp.where((positions_BxL == 0)[..., None, None], 1.0, scale_BxLxHxK)
-    gated_BxLxHxK = scale_BxLxHxK * gate("input_gate") * u_BxLxHxK.astype(jnp.float32)
-    h_BxLxN, h_BxN = linear_recurrence(flat(jnp.exp(log_a_BxLxHxK)), flat(gated_BxLxHxK), state_BxN=flat(h_BxHxK), **ids)
+        log_a_BxLxHxK = -STEEPNESS * jax.nn.softplus(weights["lambda"].astype(jnp.float32)) * gate("recurrence_gate")
+        scale_BxLxHxK = bounded_root(-jnp.expm1(2.0 * log_a_BxLxHxK))
+        scale_BxLxHxK = jnp.where((positions_BxL == 0)[..., None, None], 1.0, scale_BxLxHxK)
+        return jnp.exp(log_a_BxLxHxK), scale_BxLxHxK * gate("input_gate") * u_BxLxHxK.astype(jnp.float32)
+
+    products = {name: jnp.einsum("blhi,hik->blhk", u_BxLxHxK, weights[name]) for name in ("recurrence_gate", "input_gate")}
+    a_BxLxHxK, gated_BxLxHxK = remade(coefficients)(u_BxLxHxK, products, weights)
+    h_BxLxN, h_BxN = linear_recurrence(flat(a_BxLxHxK), flat(gated_BxLxHxK), state_BxN=flat(h_BxHxK), **ids)
     return heads(h_BxLxN), heads(x_BxPxN), heads(h_BxN)
 
 
@@ -95,7 +99,7 @@ class RgLruMixer(nn.Module):
     def __call__(self, x_BxLxD: jax.Array, ctx: Context, state: dict | None = None) -> tuple[jax.Array, dict | None, dict]:
         cfg, dim = self.cfg, x_BxLxD.shape[-1]
         H, K = cfg.shape(dim)
-        gate_BxLxHxK = nn.gelu(self._project("gate", x_BxLxD))
+        gate_BxLxHxK = self._project("gate", x_BxLxD)
         x_BxLxHxK = self._project("input", x_BxLxD)
         channels = ("heads", "head_dim")
         weights = {"conv": param(self, "conv", (cfg.conv, H, K), ("tap", *channels), normal(0.1 * cfg.conv**-0.5),
@@ -119,7 +123,8 @@ class RgLruMixer(nn.Module):
         h_BxLxHxK, *new = kernel(x_BxLxHxK, ctx.positions_BxL, ctx.segment_ids_BxL, *own, *weights.values())
         output_HxKxD = param(self, "output", (H, K, dim), (*channels, "embed"), fan_in(math.sqrt(2.0 / cfg.depth)),
                              inputs=channels)
-        y_BxLxD = linear(h_BxLxHxK.astype(x_BxLxD.dtype) * gate_BxLxHxK, output_HxKxD, 2)
+        gated_output = remade(lambda h, gate, output: linear(h.astype(gate.dtype) * nn.gelu(gate), output, 2))
+        y_BxLxD = gated_output(h_BxLxHxK, gate_BxLxHxK, output_HxKxD)
         y_BxLxD += param(self, "output_bias", (dim,), ("embed",), zeros, role="vector").astype(y_BxLxD.dtype)
         return y_BxLxD, None if state is None else dict(zip(self.state_axes(cfg), new)), {}
 

@@ -18,6 +18,7 @@ from kernels.wkv import Sums, empty, wkv
 from research import sharding
 from research.config import MixerConfig, Positive
 from research.models.context import Context
+from research.models.remade import remade
 from research.models.token_shift import token_shift
 from research.params import Initializer, orthogonal, param, zeros
 
@@ -65,13 +66,16 @@ def zigzag(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
 class _Mix(nn.Module):
     """What time mix and channel mix share."""
 
-    def mixed(self, name: str, x_BxLxD: jax.Array, previous_BxLxD: jax.Array, init: Initializer) -> jax.Array:
-        mix_D = param(self, f"time_mix_{name}", x_BxLxD.shape[-1:], ("embed",), init, role="vector").astype(x_BxLxD.dtype)
-        return x_BxLxD * mix_D + previous_BxLxD * (1 - mix_D)
+    def mixed(self, name: str, x_BxLxD: jax.Array, previous_BxLxD: jax.Array, mix: Initializer, size: int,
+              axes: tuple[str, str], init: Initializer) -> jax.Array:
+        """linear(x * time_mix + previous * (1 - time_mix)); the backward pass keeps x and previous, and mixes again."""
+        mix_D = param(self, f"time_mix_{name}", x_BxLxD.shape[-1:], ("embed",), mix, role="vector").astype(x_BxLxD.dtype)
+        weight_DxO = self.weight(name, (x_BxLxD.shape[-1], size), axes, init)
+        run = remade(lambda x, before, mix, weight: linear(x * mix + before * (1 - mix), weight))
+        return run(x_BxLxD, previous_BxLxD, mix_D, weight_DxO)
 
-    def linear(self, name: str, x_BxLxI: jax.Array, size: int, axes: tuple[str, str], init: Initializer) -> jax.Array:
-        weight_IxO = param(self, name, (x_BxLxI.shape[-1], size), axes, init, inputs=axes[:1])
-        return linear(x_BxLxI, weight_IxO)
+    def weight(self, name: str, shape: tuple[int, int], axes: tuple[str, str], init: Initializer) -> jax.Array:
+        return param(self, name, shape, axes, init, inputs=axes[:1])
 
 
 def _wkv(k_BxLxN, v_BxLxN, time_decay_N, time_first_N, positions_BxL, segment_ids_BxL, *sums) -> tuple[jax.Array, ...]:
@@ -90,12 +94,12 @@ class Rwkv4TimeMixMixer(_Mix):
         width = self.cfg.width or dim
         early, late = progress(ctx, self.cfg.depth)
         previous_BxLxD, last_BxD = token_shift(x_BxLxD, ctx, None if state is None else state["last_BxD"])
-        mixed = {name: self.mixed(name, x_BxLxD, previous_BxLxD, init) for name, init in (
-            ("key", ramp(late)), ("value", ramp(late, 0.3 * early)), ("receptance", ramp(0.5 * late)))}
         axes = ("embed", "state")
-        k_BxLxN = self.linear("key", mixed["key"], width, axes, zeros)
-        v_BxLxN = self.linear("value", mixed["value"], width, axes, orthogonal(math.sqrt(max(1.0, width / dim))))
-        r_BxLxN = jax.nn.sigmoid(self.linear("receptance", mixed["receptance"], width, axes, zeros))
+        k_BxLxN, v_BxLxN, r_BxLxN = (
+            self.mixed(name, x_BxLxD, previous_BxLxD, mix, width, axes, init) for name, mix, init in (
+                ("key", ramp(late), zeros),
+                ("value", ramp(late, 0.3 * early), orthogonal(math.sqrt(max(1.0, width / dim)))),
+                ("receptance", ramp(0.5 * late), zeros)))
         decay_N = param(self, "time_decay", (width,), ("state",), decay_speed(early), role="vector")
         first_N = param(self, "time_first", (width,), ("state",), zigzag, role="vector")
         sums = (None,) * 3 if state is None else [state[name] for name in SUMS]
@@ -104,7 +108,9 @@ class Rwkv4TimeMixMixer(_Mix):
         kernel = sharding.local(_wkv, (each, each, channels, channels, rows, rows, *(sums_axes,) * 3),
                                 [each, *(("batch", "state"),) * 3])
         y_BxLxN, *sums = kernel(k_BxLxN, v_BxLxN, decay_N, first_N, ctx.positions_BxL, ctx.segment_ids_BxL, *sums)
-        y_BxLxD = self.linear("output", r_BxLxN * y_BxLxN, dim, ("state", "embed"), zeros)
+        output_NxD = self.weight("output", (width, dim), ("state", "embed"), zeros)
+        gated = remade(lambda r, y, output: linear(jax.nn.sigmoid(r) * y, output))
+        y_BxLxD = gated(r_BxLxN, y_BxLxN, output_NxD)
         return y_BxLxD, None if state is None else {"last_BxD": last_BxD, **dict(zip(SUMS, sums))}, {}
 
     @staticmethod
@@ -130,14 +136,12 @@ class Rwkv4ChannelMixMixer(_Mix):
         dim = x_BxLxD.shape[-1]
         _, late = progress(ctx, self.cfg.depth)
         previous_BxLxD, last_BxD = token_shift(x_BxLxD, ctx, None if state is None else state["last_BxD"])
-        k_BxLxD = self.mixed("key", x_BxLxD, previous_BxLxD, ramp(late))
-        r_BxLxD = self.mixed("receptance", x_BxLxD, previous_BxLxD, ramp(late))
-        gain = math.sqrt(max(1.0, self.cfg.hidden / dim))
-        h_BxLxF = self.linear("key", k_BxLxD, self.cfg.hidden, ("embed", "mlp"), orthogonal(gain))
-        h_BxLxF = jnp.square(nn.relu(h_BxLxF))
-        y_BxLxD = self.linear("value", h_BxLxF, dim, ("mlp", "embed"), zeros)
+        hidden, gain = self.cfg.hidden, math.sqrt(max(1.0, self.cfg.hidden / dim))
+        h_BxLxF = self.mixed("key", x_BxLxD, previous_BxLxD, ramp(late), hidden, ("embed", "mlp"), orthogonal(gain))
+        value_FxD = self.weight("value", (hidden, dim), ("mlp", "embed"), zeros)
+        y_BxLxD = remade(lambda h, value: linear(jnp.square(nn.relu(h)), value))(h_BxLxF, value_FxD)
         # A square weight needs two names: the gate's rows are the outputs, and stay whole.
-        y_BxLxD *= jax.nn.sigmoid(self.linear("receptance", r_BxLxD, dim, ("embed", "gate"), zeros))
+        y_BxLxD *= jax.nn.sigmoid(self.mixed("receptance", x_BxLxD, previous_BxLxD, ramp(late), dim, ("embed", "gate"), zeros))
         return y_BxLxD, None if state is None else {"last_BxD": last_BxD}, {}
 
     @staticmethod

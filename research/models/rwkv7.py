@@ -8,7 +8,9 @@ its initial values. Layer 0 has the weights of the value's mix, too, unused: its
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -20,6 +22,7 @@ from research import sharding
 from research.config import MixerConfig, Positive
 from research.errors import InputError
 from research.models.context import Context
+from research.models.remade import remade
 from research.models.rwkv4 import progress
 from research.models.token_shift import token_shift
 from research.params import Initializer, constant, orthogonal, param, zeros
@@ -95,12 +98,47 @@ def decay_speed(early: jax.Array) -> Initializer:
     return init
 
 
+def low_rank(x_BxLxD: jax.Array, first_DxR: jax.Array, second_RxHxK: jax.Array, activation=lambda x: x) -> jax.Array:
+    """activation(x @ first) @ second, float32."""
+    return linear(activation(linear(x_BxLxD, first_DxR)), second_RxHxK).astype(jnp.float32)
+
+
+def prepared(k_BxLxHxK, v_BxLxHxK, first_BxLxHxK, w_BxLxHxK, a_BxLxHxK, v_rank_BxLxHxK,
+             vectors: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The memory's log decays, keys, values, normed keys and what these take away; all float32 but the values."""
+    log_decay_BxLxHxK = -math.exp(-0.5) * jax.nn.sigmoid(vectors["w0"] + w_BxLxHxK)
+    a_BxLxHxK = jax.nn.sigmoid(vectors["a0"] + a_BxLxHxK)
+    v_mix_BxLxHxK = jax.nn.sigmoid(vectors["v0"] + v_rank_BxLxHxK)
+    v_BxLxHxK += ((first_BxLxHxK - v_BxLxHxK) * v_mix_BxLxHxK).astype(v_BxLxHxK.dtype)
+    k_BxLxHxK = k_BxLxHxK.astype(jnp.float32)
+    kappa_BxLxHxK = k_BxLxHxK * vectors["k_k"]
+    square_BxLxHx1 = jnp.sum(jnp.square(kappa_BxLxHxK), axis=-1, keepdims=True)
+    kappa_BxLxHxK *= jax.lax.rsqrt(jnp.maximum(square_BxLxHx1, 1e-24))
+    k_BxLxHxK *= 1.0 + (a_BxLxHxK - 1.0) * vectors["k_a"]
+    return log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxK, kappa_BxLxHxK, a_BxLxHxK * kappa_BxLxHxK
+
+
+def finished(y_BxLxHxK, r_BxLxHxK, k_BxLxHxK, v_BxLxHxK, g_BxLxHxK, vectors: dict[str, jax.Array],
+             output_HxKxD: jax.Array) -> jax.Array:
+    """((LayerNorm of each head by itself + the token's own bonus) * gate) @ output: y_BxLxD."""
+    y_BxLxHxK = y_BxLxHxK.astype(jnp.float32)
+    y_BxLxHxK -= jnp.mean(y_BxLxHxK, axis=-1, keepdims=True)
+    y_BxLxHxK *= jax.lax.rsqrt(jnp.mean(jnp.square(y_BxLxHxK), axis=-1, keepdims=True) + GROUP_NORM_EPS)
+    y_BxLxHxK = y_BxLxHxK * vectors["ln_x_gain"] + vectors["ln_x_bias"]
+    bonus_BxLxHxK = r_BxLxHxK.astype(jnp.float32) * k_BxLxHxK * vectors["r_k"]
+    y_BxLxHxK += jnp.sum(bonus_BxLxHxK, axis=-1, keepdims=True) * v_BxLxHxK.astype(jnp.float32)
+    return linear((y_BxLxHxK * g_BxLxHxK).astype(r_BxLxHxK.dtype), output_HxKxD, 2)
+
+
 class _Mix(nn.Module):
     """What time mix and channel mix share."""
 
-    def mixed(self, name: str, x_BxLxD: jax.Array, previous_BxLxD: jax.Array, power: jax.Array) -> jax.Array:
+    def mixed(self, name: str, x_BxLxD: jax.Array, previous_BxLxD: jax.Array, power: jax.Array,
+              run: Callable[..., jax.Array], *weights: jax.Array) -> jax.Array:
+        """run(x + (previous - x) * mix, *weights); the backward pass keeps x and previous, and makes the rest again."""
         mix_D = param(self, f"x_{name}", x_BxLxD.shape[-1:], ("embed",), mix(power), role="vector").astype(x_BxLxD.dtype)
-        return x_BxLxD + (previous_BxLxD - x_BxLxD) * mix_D
+        mix_and_run = lambda x, before, mix, *weights: run(x + (before - x) * mix, *weights)
+        return remade(mix_and_run)(x_BxLxD, previous_BxLxD, mix_D, *weights)
 
 
 class Rwkv7TimeMixMixer(_Mix):
@@ -111,41 +149,39 @@ class Rwkv7TimeMixMixer(_Mix):
         cfg, (B, L, D) = self.cfg, x_BxLxD.shape
         early, late = progress(ctx, cfg.depth)
         previous_BxLxD, last_BxD = token_shift(x_BxLxD, ctx, None if state is None else state["last_BxD"])
-        mixed = {name: self.mixed(name, x_BxLxD, previous_BxLxD, power * late) for name, power in (
-            ("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2))}
-        r_BxLxHxK = self._heads("receptance", mixed["r"], uniform(0.5))
-        k_BxLxHxK = self._heads("key", mixed["k"], uniform(0.05))
-        v_BxLxHxK = self._heads("value", mixed["v"], uniform(0.5))
-        w_BxLxHxK = self._vector("w0", D, decay_speed(early)) + self._low_rank("w", mixed["w"], jnp.tanh)
-        log_decay_BxLxHxK = -math.exp(-0.5) * jax.nn.sigmoid(w_BxLxHxK)
-        a_BxLxHxK = jax.nn.sigmoid(self._vector("a0", D, lines(-0.19, 0.4, 0.3)) + self._low_rank("a", mixed["a"]))
-        g_BxLxHxK = self._low_rank("g", mixed["g"], jax.nn.sigmoid)
+        def mixed(name: str, power: float, run: Callable[..., jax.Array], *weights: jax.Array) -> jax.Array:
+            return self.mixed(name, x_BxLxD, previous_BxLxD, power * late, run, *weights)
+
+        r_BxLxHxK = mixed("r", 0.2, linear, self._projection("receptance", D, uniform(0.5)))
+        k_BxLxHxK = mixed("k", 0.7, linear, self._projection("key", D, uniform(0.05)))
+        # The value's two products share what is mixed.
+        v_BxLxHxK, v_rank_BxLxHxK = mixed(
+            "v", 0.7, lambda x, value, *factors: (linear(x, value), low_rank(x, *factors)),
+            self._projection("value", D, uniform(0.5)), *self._factors("v", D))
+        w_BxLxHxK = mixed("w", 0.9, functools.partial(low_rank, activation=jnp.tanh), *self._factors("w", D))
+        a_BxLxHxK = mixed("a", 0.9, low_rank, *self._factors("a", D))
+        g_BxLxHxK = mixed("g", 0.2, functools.partial(low_rank, activation=jax.nn.sigmoid), *self._factors("g", D))
 
         # The value is mixed with that of layer 0, which is its own in layer 0.
         first_BxLxN = jnp.where(ctx.layer == 0, v_BxLxHxK.reshape(B, L, D), ctx.shared[FIRST_VALUE])
-        first_BxLxHxK = first_BxLxN.reshape(v_BxLxHxK.shape)
-        v_mix_BxLxHxK = jax.nn.sigmoid(self._vector("v0", D, lines(0.73, -0.4)) + self._low_rank("v", mixed["v"]))
-        v_BxLxHxK += ((first_BxLxHxK - v_BxLxHxK) * v_mix_BxLxHxK).astype(v_BxLxHxK.dtype)
-
-        k_BxLxHxK = k_BxLxHxK.astype(jnp.float32)
-        kappa_BxLxHxK = k_BxLxHxK * self._vector("k_k", D, lines(0.71, -0.1))
-        square_BxLxHx1 = jnp.sum(jnp.square(kappa_BxLxHxK), axis=-1, keepdims=True)
-        kappa_BxLxHxK *= jax.lax.rsqrt(jnp.maximum(square_BxLxHx1, 1e-24))
-        k_BxLxHxK *= 1.0 + (a_BxLxHxK - 1.0) * self._vector("k_a", D, constant(1.02))
+        vectors = {"w0": decay_speed(early), "a0": lines(-0.19, 0.4, 0.3), "v0": lines(0.73, -0.4),
+                   "k_k": lines(0.71, -0.1), "k_a": constant(1.02)}
+        log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxK, kappa_BxLxHxK, removal_BxLxHxK = remade(prepared)(
+            k_BxLxHxK, v_BxLxHxK, first_BxLxN.reshape(v_BxLxHxK.shape), w_BxLxHxK, a_BxLxHxK, v_rank_BxLxHxK,
+            {name: self._vector(name, D, init) for name, init in vectors.items()})
 
         each, whole, rows = ("batch", None, "heads", None), ("batch", "heads", None, None), ("batch", None)
         kernel = sharding.local(self._wkv7, (*(each,) * 6, rows, rows, None if state is None else whole), [each, whole])
         y_BxLxHxK, s_BxHxKxK = kernel(
-            r_BxLxHxK, log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxK, kappa_BxLxHxK, a_BxLxHxK * kappa_BxLxHxK,
-            ctx.positions_BxL, ctx.segment_ids_BxL, None if state is None else state["s_BxHxKxK"])
+            r_BxLxHxK, log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxK, kappa_BxLxHxK, removal_BxLxHxK, ctx.positions_BxL,
+            ctx.segment_ids_BxL, None if state is None else state["s_BxHxKxK"])
 
-        y_BxLxHxK = self._group_norm(y_BxLxHxK.astype(jnp.float32), late)
-        bonus_BxLxHxK = r_BxLxHxK.astype(jnp.float32) * k_BxLxHxK * self._vector("r_k", D, constant(-0.04))
-        y_BxLxHxK += jnp.sum(bonus_BxLxHxK, axis=-1, keepdims=True) * v_BxLxHxK.astype(jnp.float32)
-        y_BxLxHxK = (y_BxLxHxK * g_BxLxHxK).astype(x_BxLxD.dtype)
+        gain = lambda key, shape, fan: jnp.full(shape, 1.0) * (1.0 - late + 1.0 / cfg.depth) ** 0.7
+        vectors = {"ln_x_gain": gain, "ln_x_bias": zeros, "r_k": constant(-0.04)}
         output_HxKxD = param(self, "output", (*y_BxLxHxK.shape[2:], D), ("heads", "head_dim", "embed"), zeros,
                              inputs=("heads", "head_dim"))
-        y_BxLxD = linear(y_BxLxHxK, output_HxKxD, 2)
+        y_BxLxD = remade(finished)(y_BxLxHxK, r_BxLxHxK, k_BxLxHxK, v_BxLxHxK, g_BxLxHxK,
+                                   {name: self._vector(name, D, init) for name, init in vectors.items()}, output_HxKxD)
         state = None if state is None else {"last_BxD": last_BxD, "s_BxHxKxK": s_BxHxKxK}
         return y_BxLxD, state, {"shared": {**ctx.shared, FIRST_VALUE: first_BxLxN}}
 
@@ -153,33 +189,22 @@ class Rwkv7TimeMixMixer(_Mix):
         return wkv7(r, log_decay, k, v, key, removal, positions_BxL=positions_BxL, segment_ids_BxL=segment_ids_BxL,
                     state_BxHxKxV=state, chunk=self.cfg.chunk)
 
-    def _heads(self, name: str, x_BxLxD: jax.Array, init: Initializer) -> jax.Array:
-        dim, width = x_BxLxD.shape[-1], self.cfg.head_dim
-        weight_DxHxK = param(self, name, (dim, dim // width, width), ("embed", "heads", "head_dim"), init, inputs=("embed",))
-        return linear(x_BxLxD, weight_DxHxK)
+    def _projection(self, name: str, dim: int, init: Initializer) -> jax.Array:
+        shape = (dim, dim // self.cfg.head_dim, self.cfg.head_dim)
+        return param(self, name, shape, ("embed", "heads", "head_dim"), init, inputs=("embed",))
 
     def _vector(self, name: str, dim: int, init: Initializer) -> jax.Array:
         """float32, one number a channel."""
         shape = (dim // self.cfg.head_dim, self.cfg.head_dim)
         return param(self, name, shape, ("heads", "head_dim"), init, role="vector").astype(jnp.float32)
 
-    def _low_rank(self, part: str, x_BxLxD: jax.Array, activation=lambda x: x) -> jax.Array:
-        """activation(x @ first) @ second in float32; nothing at first, for the first factor is zero."""
-        dim, width = x_BxLxD.shape[-1], self.cfg.head_dim
-        rank = self.cfg.ranks(dim)[part]
+    def _factors(self, part: str, dim: int) -> tuple[jax.Array, jax.Array]:
+        """Of `low_rank`, which is nothing at first: the first factor is zero."""
+        rank, width = self.cfg.ranks(dim)[part], self.cfg.head_dim
         first_DxR = param(self, f"{part}1", (dim, rank), ("embed", "rank"), zeros, inputs=("embed",))
         second_RxHxK = param(self, f"{part}2", (rank, dim // width, width), ("rank", "heads", "head_dim"), orthogonal(0.1),
                              inputs=("rank",))
-        h_BxLxR = activation(linear(x_BxLxD, first_DxR))
-        return linear(h_BxLxR, second_RxHxK).astype(jnp.float32)
-
-    def _group_norm(self, y_BxLxHxK: jax.Array, late: jax.Array) -> jax.Array:
-        """LayerNorm of each head by itself."""
-        dim = y_BxLxHxK.shape[2] * y_BxLxHxK.shape[3]
-        y_BxLxHxK -= jnp.mean(y_BxLxHxK, axis=-1, keepdims=True)
-        y_BxLxHxK *= jax.lax.rsqrt(jnp.mean(jnp.square(y_BxLxHxK), axis=-1, keepdims=True) + GROUP_NORM_EPS)
-        gain = lambda key, shape, fan: jnp.full(shape, 1.0) * (1.0 - late + 1.0 / self.cfg.depth) ** 0.7
-        return y_BxLxHxK * self._vector("ln_x_gain", dim, gain) + self._vector("ln_x_bias", dim, zeros)
+        return first_DxR, second_RxHxK
 
     @staticmethod
     def init_shared(cfg: Rwkv7TimeMix, x_BxLxD: jax.Array) -> dict:
@@ -208,11 +233,10 @@ class Rwkv7ChannelMixMixer(_Mix):
         dim, hidden = x_BxLxD.shape[-1], self.cfg.hidden
         _, late = progress(ctx, self.cfg.depth)
         previous_BxLxD, last_BxD = token_shift(x_BxLxD, ctx, None if state is None else state["last_BxD"])
-        k_BxLxD = self.mixed("k", x_BxLxD, previous_BxLxD, late**4)
         key_DxF = param(self, "key", (dim, hidden), ("embed", "mlp"), uniform(0.5), inputs=("embed",))
         value_FxD = param(self, "value", (hidden, dim), ("mlp", "embed"), zeros, inputs=("mlp",))
-        h_BxLxF = jnp.square(nn.relu(linear(k_BxLxD, key_DxF)))
-        y_BxLxD = linear(h_BxLxF, value_FxD)
+        h_BxLxF = self.mixed("k", x_BxLxD, previous_BxLxD, late**4, linear, key_DxF)
+        y_BxLxD = remade(lambda h, value: linear(jnp.square(nn.relu(h)), value))(h_BxLxF, value_FxD)
         return y_BxLxD, None if state is None else {"last_BxD": last_BxD}, {}
 
     @staticmethod

@@ -11,6 +11,7 @@ from kernels.convolution import causal_convolution
 from kernels.linear import linear
 from research import sharding
 from research.models.context import Context
+from research.models.remade import remade
 from research.params import Initializer, fan_in, param
 
 
@@ -72,7 +73,7 @@ def short_convolution(
         y_BxLxx, new_BxPxx = run(x_BxLxx, kernel_Wxx, positions_BxL, segment_ids_BxL, state_BxPxx)
         return activation(y_BxLxx if bias_xx is None else y_BxLxx + bias_xx.astype(y_BxLxx.dtype)), new_BxPxx
 
-    y_BxLxx, new_BxPxx = jax.checkpoint(finish, prevent_cse=False)(
+    y_BxLxx, new_BxPxx = remade(finish)(
         x_BxLxx, kernel_Wxx, bias_xx, ctx.positions_BxL, ctx.segment_ids_BxL, state_BxPxx)
     return y_BxLxx, None if state_BxPxx is None else new_BxPxx
 
