@@ -1,6 +1,8 @@
 """RWKV-4 (Peng et al. 2023, table 2), RWKV-7 "Goose" (Peng et al. 2025), gated delta net (Yang et al. 2024), and without its
 delta rule gated linear attention."""
 
+import dataclasses
+
 from configs.recipes import LAYERNORM, published, small, tiny
 from research.models.gated_delta import GatedDelta
 from research.models.mlp import GatedMlp
@@ -9,19 +11,25 @@ from research.models.rwkv7 import Rwkv7ChannelMix, Rwkv7TimeMix
 from research.schema import Config, ModelConfig, Stage
 
 
-def _rwkv(vocab_size: int, dim: int, max_len: int, *mixers, layers: int) -> ModelConfig:
-    return ModelConfig(vocab_size=vocab_size, dim=dim, max_len=max_len, stages=(Stage(mixers, layers),), norm=LAYERNORM,
-                       embedding_norm=True)
+def _rwkv(vocab_size: int, dim: int, max_len: int, *stages: Stage) -> ModelConfig:
+    return ModelConfig(vocab_size=vocab_size, dim=dim, max_len=max_len, stages=stages, norm=LAYERNORM, embedding_norm=True)
 
 
 def _rwkv4(name: str, dim: int, layers: int, lr: float) -> Config:
     mixers = Rwkv4TimeMix(depth=layers), Rwkv4ChannelMix(hidden=4 * dim, depth=layers)
-    return published(name, _rwkv(50277, dim, 1024, *mixers, layers=layers), lr=lr, batch_size=1024)
+    return published(name, _rwkv(50277, dim, 1024, Stage(mixers, layers)), lr=lr, batch_size=1024)
 
 
 def _rwkv7(name: str, dim: int, layers: int, lr: float, gate_rank: int | None = None) -> Config:
-    mixers = Rwkv7TimeMix(depth=layers, gate_rank=gate_rank), Rwkv7ChannelMix(hidden=4 * dim, depth=layers)
-    return published(name, _rwkv(65536, dim, 4096, *mixers, layers=layers), lr=lr, batch_size=512)
+    stages = _rwkv7_stages(Rwkv7TimeMix(depth=layers, gate_rank=gate_rank), 4 * dim)
+    return published(name, _rwkv(65536, dim, 4096, *stages), lr=lr, batch_size=512)
+
+
+def _rwkv7_stages(mix: Rwkv7TimeMix, hidden: int) -> tuple[Stage, Stage]:
+    """Layer 0, whose values the others mix theirs with, and the rest."""
+    channel_mix = Rwkv7ChannelMix(hidden=hidden, depth=mix.depth)
+    first = dataclasses.replace(mix, first=True)
+    return Stage((first, channel_mix), 1), Stage((mix, channel_mix), mix.depth - 1)
 
 
 def rwkv4_tiny() -> Config:
@@ -60,12 +68,11 @@ def rwkv4_14b() -> Config:
 
 def rwkv7_tiny() -> Config:
     mix = Rwkv7TimeMix(head_dim=16, decay_rank=8, rate_rank=8, value_rank=8, gate_rank=8, depth=2, chunk=16)
-    return tiny("rwkv7_tiny", Stage((mix, Rwkv7ChannelMix(hidden=128, depth=2)), 2), norm=LAYERNORM, embedding_norm=True)
+    return tiny("rwkv7_tiny", *_rwkv7_stages(mix, 128), norm=LAYERNORM, embedding_norm=True)
 
 
 def rwkv7_small() -> Config:
-    stage = Stage((Rwkv7TimeMix(depth=10), Rwkv7ChannelMix(hidden=1024, depth=10)), 10)
-    return small("rwkv7_small", stage, norm=LAYERNORM, embedding_norm=True)
+    return small("rwkv7_small", *_rwkv7_stages(Rwkv7TimeMix(depth=10), 1024), norm=LAYERNORM, embedding_norm=True)
 
 
 def rwkv7_190m() -> Config:

@@ -47,11 +47,11 @@ TOTAL = {
     "rwkv4_3b": 2_984_627_200,
     "rwkv4_7b": 7_392_649_216,
     "rwkv4_14b": 14_148_597_760,
-    # Peng et al. 2025, table of the "Goose" World models; ours hold the value's mix of layer 0, too, which nothing reads.
-    "rwkv7_190m": 191_034_624 + (2 * 32 + 1) * 768,
-    "rwkv7_450m": 450_767_872 + (2 * 32 + 1) * 1024,
-    "rwkv7_1_5b": 1_527_404_544 + (2 * 64 + 1) * 2048,
-    "rwkv7_2_9b": 2_947_735_040 + (2 * 64 + 1) * 2560,
+    # Peng et al. 2025, table of the "Goose" World models.
+    "rwkv7_190m": 191_034_624,
+    "rwkv7_450m": 450_767_872,
+    "rwkv7_1_5b": 1_527_404_544,
+    "rwkv7_2_9b": 2_947_735_040,
 }
 ACTIVE = {"mixtral_8x7b": 12.9e9, "deepseek_v3": 37e9, "jamba_v0_1": 12e9}  # as their reports round them
 

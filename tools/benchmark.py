@@ -84,6 +84,7 @@ RECURRENT: dict[str, tuple[tuple[MixerConfig, ...], int]] = {
     "rglru": ((RgLru(heads=4), GatedMlp(hidden=704)), 4),
     "rwkv4": ((Rwkv4TimeMix(depth=4), Rwkv4ChannelMix(hidden=1024, depth=4)), 4),
     "rwkv7": ((Rwkv7TimeMix(depth=4), Rwkv7ChannelMix(hidden=1024, depth=4)), 4),
+    "control": ((GatedMlp(hidden=704), GatedMlp(hidden=352)), 4),  # no token sees another: what the machine adds with length
 }
 LENGTHS = (1024, 4096, 16384)
 REMAT = {"gated_delta", "rwkv7"}  # with `dots`: faster for long rows where a layer keeps much beside its products

@@ -4,7 +4,8 @@
 
 with norm.kind=layernorm and model.embedding_norm. Weights have the names of the authors' code (x_*: mix with the token
 before; *0, *1, *2: bias and low-rank factors of the decay w, the learning rate a, the value's mix v and the gate g), and
-its initial values. Layer 0 has the weights of the value's mix, too, unused: its layers are scanned.
+its initial values. The authors' layer 0 mixes no values: a stage of its own, of Rwkv7TimeMix(first=True). Without that stage
+the mix of layer 0 has weights that nothing reads.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ RANKS = {"w": (1.8, 0.5), "a": (1.8, 0.5), "v": (1.3, 0.5), "g": (0.6, 0.8)}  # 
 @dataclasses.dataclass(frozen=True)
 class Rwkv7TimeMix(MixerConfig):
     """`depth`: layers of the model, over which the initial values change. `*_rank`: of the low-rank parts, None = what the
-    authors suggest for the width. `chunk`: tokens whose products are taken at once."""
+    authors suggest for the width. `chunk`: tokens whose products are taken at once. `first`: the model's layer 0."""
 
     depth: Positive
     head_dim: Positive = 64
@@ -44,6 +45,7 @@ class Rwkv7TimeMix(MixerConfig):
     value_rank: Positive | None = None
     gate_rank: Positive | None = None
     chunk: Positive = 32
+    first: bool = False
 
     def check(self, dim: int) -> None:
         if dim % self.head_dim:
@@ -103,19 +105,21 @@ def low_rank(x_BxLxD: jax.Array, first_DxR: jax.Array, second_RxHxK: jax.Array, 
     return linear(activation(linear(x_BxLxD, first_DxR)), second_RxHxK).astype(jnp.float32)
 
 
-def prepared(k_BxLxHxK, v_BxLxHxK, first_BxLxHxK, w_BxLxHxK, a_BxLxHxK, v_rank_BxLxHxK,
-             vectors: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """The memory's log decays, keys, values, normed keys and what these take away; all float32 but the values."""
+def prepared(k_BxLxHxK, w_BxLxHxK, a_BxLxHxK, vectors: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The memory's log decays, keys, normed keys and what these take away, float32."""
     log_decay_BxLxHxK = -math.exp(-0.5) * jax.nn.sigmoid(vectors["w0"] + w_BxLxHxK)
     a_BxLxHxK = jax.nn.sigmoid(vectors["a0"] + a_BxLxHxK)
-    v_mix_BxLxHxK = jax.nn.sigmoid(vectors["v0"] + v_rank_BxLxHxK)
-    v_BxLxHxK += ((first_BxLxHxK - v_BxLxHxK) * v_mix_BxLxHxK).astype(v_BxLxHxK.dtype)
     k_BxLxHxK = k_BxLxHxK.astype(jnp.float32)
     kappa_BxLxHxK = k_BxLxHxK * vectors["k_k"]
     square_BxLxHx1 = jnp.sum(jnp.square(kappa_BxLxHxK), axis=-1, keepdims=True)
     kappa_BxLxHxK *= jax.lax.rsqrt(jnp.maximum(square_BxLxHx1, 1e-24))
     k_BxLxHxK *= 1.0 + (a_BxLxHxK - 1.0) * vectors["k_a"]
-    return log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxK, kappa_BxLxHxK, a_BxLxHxK * kappa_BxLxHxK
+    return log_decay_BxLxHxK, k_BxLxHxK, kappa_BxLxHxK, a_BxLxHxK * kappa_BxLxHxK
+
+
+def mixed_values(v_BxLxHxK: jax.Array, first_BxLxHxK: jax.Array, rank_BxLxHxK: jax.Array, bias_HxK: jax.Array) -> jax.Array:
+    """Values, by channel some of layer 0's."""
+    return v_BxLxHxK + ((first_BxLxHxK - v_BxLxHxK) * jax.nn.sigmoid(bias_HxK + rank_BxLxHxK)).astype(v_BxLxHxK.dtype)
 
 
 def finished(y_BxLxHxK, r_BxLxHxK, k_BxLxHxK, v_BxLxHxK, g_BxLxHxK, vectors: dict[str, jax.Array],
@@ -154,21 +158,23 @@ class Rwkv7TimeMixMixer(_Mix):
 
         r_BxLxHxK = mixed("r", 0.2, linear, self._projection("receptance", D, uniform(0.5)))
         k_BxLxHxK = mixed("k", 0.7, linear, self._projection("key", D, uniform(0.05)))
-        # The value's two products share what is mixed.
-        v_BxLxHxK, v_rank_BxLxHxK = mixed(
-            "v", 0.7, lambda x, value, *factors: (linear(x, value), low_rank(x, *factors)),
-            self._projection("value", D, uniform(0.5)), *self._factors("v", D))
+        value_DxHxK = self._projection("value", D, uniform(0.5))
+        if cfg.first:
+            v_BxLxHxK = mixed("v", 0.7, linear, value_DxHxK)
+            first_BxLxN = v_BxLxHxK.reshape(B, L, D)
+        else:
+            v_BxLxHxK, rank_BxLxHxK = mixed("v", 0.7, lambda x, value, *factors: (linear(x, value), low_rank(x, *factors)),
+                                            value_DxHxK, *self._factors("v", D))
+            first_BxLxN = jnp.where(ctx.layer == 0, v_BxLxHxK.reshape(B, L, D), ctx.shared[FIRST_VALUE])
+            v_BxLxHxK = remade(mixed_values)(v_BxLxHxK, first_BxLxN.reshape(v_BxLxHxK.shape), rank_BxLxHxK,
+                                             self._vector("v0", D, lines(0.73, -0.4)))
         w_BxLxHxK = mixed("w", 0.9, functools.partial(low_rank, activation=jnp.tanh), *self._factors("w", D))
         a_BxLxHxK = mixed("a", 0.9, low_rank, *self._factors("a", D))
         g_BxLxHxK = mixed("g", 0.2, functools.partial(low_rank, activation=jax.nn.sigmoid), *self._factors("g", D))
 
-        # The value is mixed with that of layer 0, which is its own in layer 0.
-        first_BxLxN = jnp.where(ctx.layer == 0, v_BxLxHxK.reshape(B, L, D), ctx.shared[FIRST_VALUE])
-        vectors = {"w0": decay_speed(early), "a0": lines(-0.19, 0.4, 0.3), "v0": lines(0.73, -0.4),
-                   "k_k": lines(0.71, -0.1), "k_a": constant(1.02)}
-        log_decay_BxLxHxK, k_BxLxHxK, v_BxLxHxK, kappa_BxLxHxK, removal_BxLxHxK = remade(prepared)(
-            k_BxLxHxK, v_BxLxHxK, first_BxLxN.reshape(v_BxLxHxK.shape), w_BxLxHxK, a_BxLxHxK, v_rank_BxLxHxK,
-            {name: self._vector(name, D, init) for name, init in vectors.items()})
+        vectors = {"w0": decay_speed(early), "a0": lines(-0.19, 0.4, 0.3), "k_k": lines(0.71, -0.1), "k_a": constant(1.02)}
+        log_decay_BxLxHxK, k_BxLxHxK, kappa_BxLxHxK, removal_BxLxHxK = remade(prepared)(
+            k_BxLxHxK, w_BxLxHxK, a_BxLxHxK, {name: self._vector(name, D, init) for name, init in vectors.items()})
 
         each, whole, rows = ("batch", None, "heads", None), ("batch", "heads", None, None), ("batch", None)
         kernel = sharding.local(self._wkv7, (*(each,) * 6, rows, rows, None if state is None else whole), [each, whole])
@@ -222,7 +228,8 @@ class Rwkv7TimeMixMixer(_Mix):
     @staticmethod
     def flops(cfg: Rwkv7TimeMix, dim: int, seq_len: int, causal: bool = True) -> float:
         """Projections, low-rank parts, and the memory: find, take away, write, read."""
-        return 8.0 * dim * dim + 4.0 * dim * sum(cfg.ranks(dim).values()) + 8.0 * dim * cfg.head_dim
+        ranks = sum(rank for part, rank in cfg.ranks(dim).items() if part != "v" or not cfg.first)
+        return 8.0 * dim * dim + 4.0 * dim * ranks + 8.0 * dim * cfg.head_dim
 
 
 class Rwkv7ChannelMixMixer(_Mix):

@@ -134,7 +134,12 @@ CASES: dict[str, dict[str, Case]] = {
             Rwkv7TimeMix(head_dim=8, decay_rank=3, rate_rank=4, value_rank=5, gate_rank=6, depth=3, chunk=4),
             extra_flops=20.0 * DIM * 4,
             why=WITHIN_CHUNKS,
-        )
+        ),
+        "first": Case(
+            Rwkv7TimeMix(head_dim=8, decay_rank=3, rate_rank=4, gate_rank=6, depth=3, chunk=4, first=True),
+            extra_flops=20.0 * DIM * 4,
+            why=WITHIN_CHUNKS,
+        ),
     },
     "S4": {"legs": Case(S4(state=4))},
     "S4d": {

@@ -1,5 +1,7 @@
 """RWKV-7's mixers against the authors' equations, one head and one token at a time; its initial values."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +30,9 @@ def time_mix(tokens: dict, p: dict, state: None) -> tuple[np.ndarray, dict]:
     w = np.exp(-np.exp(soft_clamped))
     a = sigmoid(p["a0"] + low_rank("a", same))
     g = low_rank("g", sigmoid)
-    first = np.sin(np.sin(x.sum(axis=-1))[:, None] + np.arange(D)).reshape(L, H, K)
-    v = v + (first - v) * sigmoid(p["v0"] + low_rank("v", same))
+    if "v0" in p:
+        first = np.sin(np.sin(x.sum(axis=-1))[:, None] + np.arange(D)).reshape(L, H, K)
+        v = v + (first - v) * sigmoid(p["v0"] + low_rank("v", same))
     kappa = k * p["k_k"]
     kappa = kappa / np.linalg.norm(kappa, axis=-1, keepdims=True)
     k = k * (1 + (a - 1) * p["k_a"])
@@ -51,8 +54,9 @@ def channel_mix(tokens: dict, p: dict, state: None) -> tuple[np.ndarray, dict]:
     return np.maximum(k @ p["key"], 0) ** 2 @ p["value"], {}
 
 
-def test_time_mix_is_the_authors():
-    check_mixer(CASES["Rwkv7TimeMix"]["chunks"].cfg, time_mix)
+@pytest.mark.parametrize("case", CASES["Rwkv7TimeMix"])
+def test_time_mix_is_the_authors(case):
+    check_mixer(CASES["Rwkv7TimeMix"][case].cfg, time_mix)
 
 
 def test_channel_mix_is_the_authors():
@@ -66,13 +70,15 @@ def test_ranks_are_published(dim, ranks):
 
 
 LAYERS, MODEL_DIM, WIDTH = 3, 16, 8
-STAGE = Stage((Rwkv7TimeMix(head_dim=WIDTH, depth=LAYERS, chunk=4), Rwkv7ChannelMix(hidden=32, depth=LAYERS)), LAYERS)
-MODEL = LanguageModel(ModelConfig(
-    vocab_size=11, dim=MODEL_DIM, stages=(STAGE,), norm=Norm(kind="layernorm"), embedding_norm=True))  # fmt: skip
+MIXERS = Rwkv7TimeMix(head_dim=WIDTH, depth=LAYERS, chunk=4), Rwkv7ChannelMix(hidden=32, depth=LAYERS)
+STAGES = Stage((dataclasses.replace(MIXERS[0], first=True), MIXERS[1]), 1), Stage(MIXERS, LAYERS - 1)
+CONFIG = ModelConfig(vocab_size=11, dim=MODEL_DIM, stages=STAGES, norm=Norm(kind="layernorm"), embedding_norm=True)
+MODEL = LanguageModel(CONFIG)
 
 
 def test_the_first_value_goes_through_the_model():
-    """Prefill and steps give what one call gives; and v0, which says how much of it is taken, matters but in layer 0."""
+    """Prefill and steps give what one call gives; v0, which says how much of it is taken, matters in each layer that has one;
+    one stage of all layers gives the same, whatever the mix of its layer 0."""
     layout = Layout((((1, 4), (2, 5)), ((1, 9),)))
     tokens = np.random.default_rng(0).integers(0, 11, size=(2, 9))
     flat = {path: jnp.asarray(random(*weight.shape, seed=i) / np.sqrt(weight.fan_in))
@@ -92,10 +98,19 @@ def test_the_first_value_goes_through_the_model():
         y, state = call(flat, state, columns)
         outputs.append(y)
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, rtol=0, atol=2e-5)
-    for layer in range(LAYERS):
-        path = "decoder/stage_0/rwkv7_time_mix_0/v0"
+    path = "decoder/stage_1/rwkv7_time_mix_0/v0"
+    for layer in range(LAYERS - 1):
         y, _ = call({**flat, path: flat[path].at[layer].add(1.0)})
-        assert (float(jnp.max(jnp.abs(y - expected))) > 1e-3) == (layer > 0), layer
+        assert float(jnp.max(jnp.abs(y - expected))) > 1e-3, layer
+
+    one = LanguageModel(dataclasses.replace(CONFIG, stages=(Stage(MIXERS, LAYERS),)))
+    joined = {path: x for path, x in flat.items() if "stage_" not in path}
+    for path, x in flat.items():
+        if "stage_1" in path:
+            own = path.replace("stage_1", "stage_0")
+            joined[own] = jnp.concatenate([flat[own] if own in flat else jnp.ones_like(x[:1]), x])
+    y, _, _ = one.hidden(unflatten(joined), tokens, Context(layout.positions_BxL, layout.segment_ids_BxL))
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
 
 
 def test_initial_values_change_over_the_layers():
@@ -103,7 +118,10 @@ def test_initial_values_change_over_the_layers():
     layers, dim, width = LAYERS, MODEL_DIM, WIDTH
     assert "embedding/norm/bias" in MODEL.weights
     params = flatten(jax.jit(MODEL.init, compiler_options=QUICK)(jax.random.key(0)))
-    mix = {path.split("rwkv7_time_mix_0/")[1]: np.asarray(x) for path, x in params.items() if "time_mix_0/" in path}
+    stages = [{path.split("rwkv7_time_mix_0/")[1]: np.asarray(x) for path, x in params.items() if f"{stage}/rwkv7_time" in path}
+              for stage in ("stage_0", "stage_1")]  # fmt: skip
+    assert set(stages[1]) - set(stages[0]) == {"v0", "v1", "v2"}
+    mix = {name: np.concatenate([x, stages[1][name]]) for name, x in stages[0].items()}
     i = np.arange(dim)
     zigzag = np.sign(i % width - 3.5) * ((i % width - 3.5) / 3.5) ** 2
     for layer in range(layers):
