@@ -78,6 +78,18 @@ def test_active_sizes_are_the_published_ones(name, rows):
     assert rows[name]["active_params"] == pytest.approx(ACTIVE[name], rel=0.02)
 
 
+@pytest.mark.parametrize("name, tokens, published, attention", [
+    ("gpt3_175b", 300e9, 3.14e23, 1.015),  # Brown et al. 2020, table D.1
+    ("llama3_405b", 15.6e12, 3.8e25, 1.036)])  # Dubey et al. 2024, section 3.2
+def test_flops_of_training_are_the_published_ones(name, tokens, published, attention, rows):
+    """Both papers count 6ND; ours adds attention, causal: 6 * layers * width * row a token."""
+    model, row = PRESETS[name]().model, PRESETS[name]().data.seq_len
+    ours = rows[name]["flops_per_token"] * tokens
+    assert ours == pytest.approx(published * attention, rel=0.01)
+    layers = sum(stage.repeats for stage in model.stages)
+    assert ours - 6.0 * layers * model.dim * row * tokens == pytest.approx(published, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TOTAL if not name.startswith(("deepseek", "rwkv7"))])
 def test_sizes_are_those_of_transformers(name):

@@ -277,7 +277,10 @@ class LanguageModel:
 
 
 def read_aux(aux: Mapping) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """aux of `hidden` -> (sum of the auxiliary losses, metrics, statistics by the path of the weight they are for)."""
+    """aux of `hidden` -> (sum of the auxiliary losses, metrics, statistics by the path of the weight they are for).
+
+    A metric is the mean over a stage's layers, one called max_* or min_* their extreme: one layer that collapsed is seen.
+    """
     loss, metrics, statistics = jnp.float32(0.0), {}, {}
 
     def walk(path: str, entries: Mapping) -> None:
@@ -290,7 +293,9 @@ def read_aux(aux: Mapping) -> tuple[jax.Array, dict[str, jax.Array], dict[str, j
             else:
                 if name.endswith("_loss"):
                     loss += jnp.sum(value)
-                metrics[f"{path}/{name}"] = jnp.mean(value)
+                over_layers = {"max": jnp.max, "min": jnp.min}
+                kind = name.split("_")[0]
+                metrics[f"{path}/{name}"] = (over_layers[kind] if kind in over_layers else jnp.mean)(value)
 
     for stage, by_mixer in aux.items():
         walk(stage, by_mixer)

@@ -1,4 +1,4 @@
-"""What isn't a model, or not the one it says it is, is refused in one line, and leaves nothing behind."""
+"""What isn't a model, or not the one it says it is: the command says so in one line, ends with 2, and leaves nothing behind."""
 
 import dataclasses
 import json
@@ -11,10 +11,16 @@ import pytest
 from configs import PRESETS
 from research.errors import InputError
 from research.interop import safetensors_files
-from research.interop.huggingface import TOKENIZER_FILES, _family_of, export_model, import_model
+from research.interop.huggingface import _family_of, import_model
+from research.interop.jamba import JAMBA
 from research.interop.llama import LLAMA
 from research.interop.tensor_map import tensor_map
+from research.interop.vocabularies import TOKENIZER_FILES
 from research.models.lm import LanguageModel
+from research.models.mlp import GatedMlp
+from research.models.moe import Moe
+from research.schema import EXIT_BAD_INPUT, ModelConfig
+from tests.interop.commands import convert
 
 SETTINGS = {"model_type": "llama", "vocab_size": 13, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
@@ -41,11 +47,15 @@ def model(tmp_path):
 
 def refused(model: pathlib.Path, *words: str) -> None:
     run = model.parent / "run"
-    with pytest.raises(InputError) as error:
-        import_model(str(model), str(run))
+    refuses("hf", model, run, *words)
+    assert not run.exists()
+
+
+def refuses(kind: str, source: pathlib.Path, target: pathlib.Path, *words: str) -> None:
+    code, said = convert(f"--from={kind}", f"--input={source}", f"--output={target}")
+    assert code == EXIT_BAD_INPUT and said.startswith("error: ") and said.count("\n") == 1, said
     for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value) and not run.exists()
+        assert word in said, said
 
 
 def test_shards_are_one_model(tmp_path):
@@ -74,6 +84,9 @@ def test_unknown_family(tmp_path):
     ({"num_attention_heads": 0}, ("num_attention_heads", "below 1")),
     ({"hidden_size": "8"}, ("hidden_size", "'8'")),
     ({"num_attention_heads": 3}, ("config.json", "heads")),
+    ({"rope_scaling": {"rope_type": ["a"]}}, ("rope_type", "['a']")),
+    ({"eos_token_id": "</s>"}, ("eos_token_id", "'</s>'")),
+    ({"num_hidden_layers": 10**9}, ("num_hidden_layers", "above")),
 ])
 def test_settings_that_cant_be(tmp_path, settings, words):
     refused(save(tmp_path / "model", tensors(), **settings), *words)
@@ -98,6 +111,43 @@ def test_cut_and_broken_files(model):
         refused(model, "model.safetensors")
     file.write_bytes(whole.replace(b'"F32"', b'"I32"', 1))
     refused(model, "is I32")
+
+
+@pytest.mark.parametrize("broken", [
+    b"[" * 100_000, b'{"a": ' * 100_000, b"[]", b'{"a": []}', b'{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0]}}',
+    b'{"a\\nb": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
+], ids=lambda header: header[:40].decode())
+def test_headers_that_are_none(model, broken):
+    (model / "model.safetensors").write_bytes(len(broken).to_bytes(8, "little") + broken + b"\0" * 4)
+    refused(model, "model.safetensors", "broken header")
+
+
+def test_a_tied_head_that_isn_t_of_floats(tmp_path):
+    """It is compared with the embedding, to which config.json ties it, but never converted."""
+    values = tensors()
+    model = save(tmp_path / "model", values, tie_word_embeddings=True)
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    at = whole.index(b'"F32"', whole.index(b'"lm_head.weight"'))
+    file.write_bytes(whole[:at] + b'"I32"' + whole[at + 5:])
+    refused(model, "lm_head.weight is I32")
+
+
+@pytest.mark.parametrize("name, words", [
+    ("a\0b", "name of a file"), ("a\nb", "name of a file"), ("\ud800", "name of a file"), ("x" * 5000, "name of a file"),
+    ("", "missing"), (".", "missing"), ("ring", "name of a file")], ids=range(7))
+def test_names_in_an_index_that_no_file_has(model, name, words):
+    os.symlink("ring", model / "ring")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    refused(model, words)
+
+
+def test_nesting_beyond_any_use(model):
+    for name in ("config.json", "tokenizer.json", "generation_config.json", "model.safetensors.index.json"):
+        other = save(model.parent / name, tensors())
+        (other / name).write_text('{"a": ' * 100_000)
+        refused(other, name)
 
 
 def test_pickles(model):
@@ -144,10 +194,8 @@ def test_a_hub_cache_s_links_are_followed(tmp_path):
 def test_outputs_are_never_overwritten(model):
     run = model.parent / "run"
     import_model(str(model), str(run))
-    with pytest.raises(InputError, match="is there already"):
-        import_model(str(model), str(run))
-    with pytest.raises(InputError, match="is there already"):
-        export_model(str(run), str(model))
+    refuses("hf", model, run, "is there already")
+    refuses("rung", run, model, "is there already")
 
 
 def test_a_damaged_checkpoint_isn_t_exported(model):
@@ -157,9 +205,21 @@ def test_a_damaged_checkpoint_isn_t_exported(model):
     content = bytearray(stored.read_bytes())
     content[len(content) // 2] ^= 1
     stored.write_bytes(content)
-    with pytest.raises(InputError, match=f"step 0 is refused, params/.*{stored.name}"):
-        export_model(str(run), str(back))
+    refuses("rung", run, back, "step 0 is refused, params/", stored.name)
     assert not back.exists()
+
+
+def test_jamba_s_activation_is_fixed():
+    """Its Mamba layers go by hidden_act as much as its MLPs, and ours have SiLU."""
+    with pytest.raises(InputError, match="hidden_act: 'gelu' is not implemented; only 'silu' is"):
+        JAMBA.model({"hidden_act": "gelu"})
+
+
+def with_gelu(model: ModelConfig) -> ModelConfig:
+    stages = [dataclasses.replace(stage, pattern=tuple(
+        dataclasses.replace(mixer, activation="gelu") if isinstance(mixer, (GatedMlp, Moe)) else mixer
+        for mixer in stage.pattern)) for stage in model.stages]
+    return dataclasses.replace(model, stages=tuple(stages))
 
 
 def test_models_that_no_family_has_a_place_for():
@@ -169,6 +229,8 @@ def test_models_that_no_family_has_a_place_for():
         llama.stages[0], pattern=(dataclasses.replace(attention, softcap=30.0), mlp)),))
     with pytest.raises(InputError, match=r"softcap: llama has no place for 30.0"):
         _family_of(capped)
+    with pytest.raises(InputError, match="activation: jamba has no place for 'gelu'"):
+        _family_of(with_gelu(PRESETS["jamba_tiny"]().model))
     with pytest.raises(InputError, match="no family is made of S4d"):
         _family_of(PRESETS["s4d_tiny"]().model)
     named = {"llama": ["llama_tiny", "llama3_405b"], "gpt2": ["gpt2_tiny", "gpt3_175b"], "qwen3": ["qwen3_tiny", "qwen3_8b"],

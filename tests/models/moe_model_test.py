@@ -48,6 +48,14 @@ def test_aux_comes_back_stacked():
     np.testing.assert_allclose(np.sum(statistics[BIAS], axis=1), tokens.size * 2)  # each token chooses two
 
 
+def test_one_collapsed_layer_is_seen():
+    layers = {"max_load": [1.5, 4.0, 1.1], "min_load": [0.5, 0.0, 0.9], "router_z_loss": [0.1, 0.4, 0.1]}
+    loss, metrics, _ = read_aux({"stage_0": {"moe_1": {name: jnp.asarray(values) for name, values in layers.items()}}})
+    expected = {"max_load": 4.0, "min_load": 0.0, "router_z_loss": 0.2}
+    assert metrics == pytest.approx({f"stage_0/moe_1/{name}": value for name, value in expected.items()})
+    assert float(loss) == pytest.approx(0.6)
+
+
 def test_padding_is_not_counted():
     layout = Layout((((1, 5), (0, 7)), ((1, 7), (2, 2), (0, 3))))
     _, _, aux = MODEL.hidden(generic_params(MODEL), random_tokens(2), context(layout))

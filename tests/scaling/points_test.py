@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from research.errors import InputError
-from research.scaling.points import budgets, make, parse_columns, read_csv, rungs, without_diverged
-from tests.scaling.laws_test import ladder
+from research.scaling.points import budgets, check_falls, make, parse_columns, read_csv, rungs
+from tests.scaling.divergence_test import grid, scatter
+from tests.scaling.ladder_test import climb
+from tests.scaling.laws_test import chinchilla, ladder, parabolas
 
 HEAD = "Model Size,Training FLOP,loss,kind\n"
 ROWS = "1e6,1.2e14,4.0,a\n2e6,4.8e14,3.5,b\n\n4e6,1.92e15,5.0,c\n"
@@ -63,39 +65,6 @@ def test_further_columns_are_carried(tmp_path):
     assert parse_columns("params=N,bits=b,unique_tokens=U,loss=L")["unique_tokens"] == "U"
 
 
-def test_a_diverged_run_is_left_out_and_named():
-    points = ladder(0.01)
-    spoilt = make(points.params_P, np.where(np.arange(80) == 77, 6.0, points.loss_P), flops=points.flops_P)
-    found = without_diverged(spoilt)
-    assert len(found) == 79 and "run 77" not in found.names
-    (run, reason), = found.left_out
-    assert run == "run 77" and reason.startswith("diverged: its loss is 6; ") and " end lower, run " in reason
-    assert without_diverged(points).names == points.names
-
-
-def test_one_run_that_is_too_good_makes_no_other_diverge():
-    points = ladder()
-    lucky = make(points.params_P, np.where(np.arange(80) == 0, 1.0, points.loss_P), flops=points.flops_P)
-    assert without_diverged(lucky).left_out == ()
-
-
-def test_overfitting_on_repeated_data_is_no_divergence():
-    """Ten times the parameters and epochs of the same tokens end 20% higher than those that saw them once."""
-    n_P, d_P = np.array([1e7, 1e7, 2e7, 1e8]), np.array([1e8, 1e8, 1e8, 1e9])
-    loss_P = np.array([4.0, 4.01, 3.9, 4.8])
-    assert len(without_diverged(make(n_P, loss_P, tokens=d_P, extra={"unique_tokens": [1e8, 1e8, 1e8, 9e7]}))) == 4
-    assert len(without_diverged(make(n_P, loss_P, tokens=d_P))) == 3
-
-
-@pytest.mark.parametrize("column, worse", [("bits", 2.0), ("state", 1e3), ("total_params", 1e7)])
-def test_what_has_less_by_a_further_column_has_not_diverged(column, worse):
-    """Few bits, a small state, few experts: 15% worse than three runs of as many parameters and tokens that have more."""
-    further = {column: [worse, 8 * worse, 16 * worse, 32 * worse]}
-    points = make([1e7] * 4, [2.3, 2.0, 1.98, 1.97], tokens=[1e9] * 4, extra=further)
-    assert without_diverged(points).left_out == ()
-    assert len(without_diverged(make([1e7] * 4, [2.3, 2.0, 1.98, 1.97], tokens=[1e9] * 4))) == 3
-
-
 def test_seeds_are_one_rung():
     points = make([1e6, 1e6, 1e6, 2e6], [4.0, 4.1, 3.9, 3.8], tokens=[1e7, 1e7, 2e7, 1e7])
     assert rungs(points)[0] == rungs(points)[1] and len(set(rungs(points))) == 3
@@ -135,6 +104,7 @@ def test_bad_files_are_one_line(tmp_path, text, columns, exclude, message):
 
 @pytest.mark.parametrize("text", [
     HEAD.replace(",", ";") + ROWS.replace(",", ";"),
+    "\ufeffsep=;\r\n" + HEAD.replace(",", ";") + ROWS.replace(",", ";"),
     HEAD.replace(",", "\t") + ROWS.replace(",", "\t"),
     (HEAD + ROWS).replace("\n", "\r\n"),
     HEAD.upper() + ROWS,
@@ -146,7 +116,7 @@ def test_bad_files_are_one_line(tmp_path, text, columns, exclude, message):
     HEAD + ROWS.replace("2e6", "2 000 000").replace("4e6", "4'000'000.0"),
 ])
 def test_a_file_may_be_written_in_many_ways(tmp_path, text):
-    """Semicolons, tabs, CRLF, capitals, comments, NumPy's head, trailing commas, grouped thousands, quoted names, scales."""
+    """Semicolons, tabs, CRLF, capitals, comments, Excel's and NumPy's heads, trailing commas, 1,000, quoted names, 1M."""
     columns = COLUMNS | ({"loss": "loss, in nats; mean"} if "nats" in text else {})
     points, _ = read_csv(written(tmp_path, text), columns, ["loss>9"])
     np.testing.assert_allclose(points.params_P, [1e6, 2e6, 4e6])
@@ -177,10 +147,31 @@ def test_a_ladders_runs_have_names_and_say_who_diverged(tmp_path):
     assert points.left_out == (("b", "diverged, as its file says"), ("c", "loss is empty"))
 
 
-def test_what_rises_is_no_loss():
-    points = ladder()
-    with pytest.raises(InputError, match="loss: .* of 80 runs end 10% above others .*; name a column that falls"):
-        without_diverged(make(points.params_P, 100 - 20 * points.loss_P, flops=points.flops_P))
+def accuracy(points, seed: int = 0):
+    """0.70 for the worst loss, 0.78 for the best, a little noise."""
+    best, worst = points.loss_P.min(), points.loss_P.max()
+    share_P = 0.78 - 0.08 * (points.loss_P - best) / (worst - best)
+    share_P += 0.002 * np.random.default_rng(seed).standard_normal(len(points))
+    return make(points.params_P, share_P, points.tokens_P, points.flops_P)
+
+
+@pytest.mark.parametrize("points", [grid, ladder, parabolas, scatter, lambda: climb(0.0)])
+def test_what_rises_is_no_loss(points):
+    """25 runs of 0.70 rising to 0.78; isoFLOP designs, where the largest size isn't the best; any size at any budget."""
+    check_falls(points())
+    with pytest.raises(InputError, match="loss: it rises with compute .rank correlation 0.*; name a column that falls"):
+        check_falls(accuracy(points()))
+
+
+def test_a_loss_may_rise_by_overfitting():
+    """Repeated 64 times, the largest models and longest runs are the worst."""
+    params_P, tokens_P = (a_P.ravel() for a_P in np.meshgrid(np.geomspace(1e6, 1e9, 5), np.geomspace(1e8, 6.4e9, 5)))
+    loss_P = 3 + 0.1 * np.log(params_P / 1e6) * np.log(tokens_P / 1e8)
+    check_falls(make(params_P, loss_P, tokens_P, extra={"unique_tokens": np.full(25, 1e8)}))
+    with pytest.raises(InputError, match="it rises with compute"):
+        check_falls(make(params_P, loss_P, tokens_P))
+    overtrained = make([1e8] * 20, chinchilla(1e8, np.geomspace(2e9, 1e12, 20)), np.geomspace(2e9, 1e12, 20))
+    check_falls(overtrained)
 
 
 def test_a_file_that_is_not_there():

@@ -107,7 +107,7 @@ def test_bad_input():
 
 
 def test_the_experts_load_is_in_every_row_and_in_tensorboard(cache, tmp_path):
-    """Means over the stage's layers: how full the fullest and the emptiest expert are, what is dropped, the weighted losses."""
+    """How full the fullest and the emptiest expert of a stage are; means over its layers of what is dropped and the losses."""
     mixer = Moe(experts=4, top_k=2, hidden=8, capacity_factor=1.0, balance_rate=1e-3, balance_loss=0.01, z_loss=1e-3)
     config = config_in(cache, train__steps=4, train__log_every=2)
     model = dataclasses.replace(config.model, stages=(Stage((Attention(heads=2),)), Stage((mixer,), 2)))
