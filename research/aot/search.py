@@ -18,6 +18,7 @@ from research.hardware import Topology
 from research.models.moe import Moe
 from research.scaling.footprint import activations
 from research.schema import Config
+from research.sharding import MESH_AXES, mesh_shape
 from research.training.program import make_program
 
 REMAT = ("none", "dots", "full", "offload")  # from the fewest FLOPs to the least memory
@@ -44,20 +45,28 @@ class Trial:
 
 
 def layouts(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
-    """Meshes, then remat, then rows a microbatch; the likeliest first: the config's own mesh before others."""
+    """Meshes, the config's own before others; of each the layout of least memory, for where that doesn't fit none does, then
+    from the fewest FLOPs on."""
     devices = topology.devices * config.mesh.slices
     moe = any(isinstance(mixer, Moe) for stage in config.model.stages for mixer in stage.pattern)
-    meshes = [{"mesh.rules": "fsdp"}, *({"mesh.rules": "fsdp", "mesh.data": n} for n in (2, 4) if devices % (4 * n) == 0),
-              *({"mesh.rules": "fsdp_tp", "mesh.tensor": n} for n in (2, 4, 8) if devices % n == 0),
-              *({"mesh.rules": "ep", "mesh.expert": n} for n in (2, 4, 8) if moe and devices % n == 0),
-              *({"mesh.rules": rules, "mesh.context": 2} for rules in ("cp", "ring")), {"mesh.rules": "dp"}]
-    own = {f"mesh.{name}": getattr(config.mesh, name) for name in ("rules", "data", "fsdp", "tensor", "expert", "context")
-           if getattr(config.mesh, name)}
-    meshes = [own, *(mesh for mesh in meshes if mesh != own)]
+    own = {name: getattr(config.mesh, name) for name in ("rules", *MESH_AXES)}
+    meshes = [own, {"rules": "fsdp"}, *({"rules": "fsdp", "data": n} for n in (2, 4) if devices % (4 * n) == 0),
+              *({"rules": "fsdp_tp", "tensor": n} for n in (2, 4, 8) if devices % n == 0),
+              *({"rules": "ep", "expert": n} for n in (2, 4, 8) if moe and devices % n == 0),
+              *({"rules": rules, "context": 2} for rules in ("cp", "ring")), {"rules": "dp"}]
+    distinct = {}
+    for mesh in meshes:
+        sets = {f"mesh.{name}": 0 for name in MESH_AXES} | {f"mesh.{name}": value for name, value in mesh.items()}
+        try:
+            sizes = tuple(mesh_shape(override(config, dict(sets)).mesh, devices).values())
+        except InputError:  # is a trial's answer, which says why
+            sizes = tuple(sets.values())
+        distinct.setdefault((sets["mesh.rules"], sizes), sets)
     splits = [n for n in (1, 2, 4, 8, 16) if config.train.batch_size % n == 0]
-    for mesh, remat, microbatches in itertools.product(meshes, REMAT, splits):
-        reset = {f"mesh.{name}": 0 for name in ("data", "fsdp", "tensor", "expert", "context")}
-        yield {**reset, **mesh, "model.remat": remat, "train.microbatches": microbatches}
+    for mesh in distinct.values():
+        *others, least_memory = itertools.product(REMAT, splits)
+        for remat, microbatches in (least_memory, *others):
+            yield {**mesh, "model.remat": remat, "train.microbatches": microbatches}
 
 
 def search(

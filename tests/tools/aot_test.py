@@ -259,8 +259,9 @@ def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path
 
     def fake(config, topology, sets):
         compiled.append(sets)
-        fits = sets["model.remat"] == "full" or sets["train.microbatches"] > 1
-        seconds = {"none": 3.0, "dots": 3.5, "full": 4.0}[sets["model.remat"]] + 0.1 * sets["train.microbatches"]
+        fits = sets["model.remat"] in ("full", "offload") or sets["train.microbatches"] > 1
+        seconds = {"none": 3.0, "dots": 3.5, "full": 4.0, "offload": 5.0}[sets["model.remat"]]
+        seconds += 0.1 * sets["train.microbatches"]
         floors = {"collectives": None}
         return aot_search.Trial(sets, {"memory": {"fits": fits}, "parts": {"seconds": seconds}, "floors": floors})
 
@@ -274,13 +275,26 @@ def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path
     chosen = aot_search.best(trials)
     assert (chosen.sets["model.remat"], chosen.sets["train.microbatches"]) == ("none", 2)
     meshes = [trial.sets for trial in trials if trial.sets["mesh.rules"] == "fsdp" and not trial.sets["mesh.data"]]
-    assert [(s["model.remat"], s["train.microbatches"]) for s in meshes] == [("none", 1), ("none", 2), ("dots", 1), ("full", 1)]
+    assert [(s["model.remat"], s["train.microbatches"]) for s in meshes] == [
+        ("offload", 8), ("none", 1), ("none", 2), ("dots", 1), ("full", 1)]
     other, _ = aot_search.search(override(config, {"seed": 1}), topology, 0.0, path)
     assert len(other) == 1  # another config's trials are not taken
     with open(path, "a") as file:
         file.write('{"sets": 1}\n')
     with pytest.raises(InputError, match="something else than trials"):
         aot_search.search(config, topology, 0.0, path)
+
+
+def test_a_search_gives_a_mesh_up_where_its_least_memory_does_not_fit(monkeypatch):
+    """And tries no mesh twice, whether its sizes are the config's own or the rules'."""
+    unfit = {"memory": {"fits": False}}
+    monkeypatch.setattr(aot_search, "_compile", lambda config, topology, sets: aot_search.Trial(sets, unfit))
+    config = configured("fsdp")
+    trials, left = aot_search.search(config, tpu_topology("v5e:2x2"), 60.0)
+    meshes = [tuple(value for name, value in trial.sets.items() if name.startswith("mesh.")) for trial in trials]
+    assert left == 0 and len(set(meshes)) == len(meshes) and aot_search.best(trials) is None
+    sized = list(aot_search.layouts(override(config, {"mesh.fsdp": 4}), tpu_topology("v5e:2x2")))
+    assert len(sized) == len(list(aot_search.layouts(config, tpu_topology("v5e:2x2"))))
 
 
 def test_no_cache_compiles_whatever_was_compiled_before():
