@@ -3,7 +3,9 @@
     python -m tools.convert --from=hf --input=DIR --output=RUN       # then: python -m tools.generate --workdir=RUN
     python -m tools.convert --from=rung --input=RUN --output=DIR     # then: AutoModelForCausalLM.from_pretrained(DIR)
 
-DIR holds config.json, model.safetensors (or several files and their index) and, where there is one, tokenizer.json. A few
+DIR holds config.json, model.safetensors (or several files and their index) and, where there is one, tokenizer.json (or
+tokenizer.model as Llama's, or vocab.json and merges.txt of GPT-2). What of config.json, generation_config.json and the
+tokenizer's files isn't read here is kept in the run and goes back with it. A few
 copies of one tensor are in memory at a time; of a run that was trained here, all layers of it, as its checkpoint has them
 (research/interop/huggingface.py says what was measured). Float16 weights are computed in float32. Pickles (.bin, .pt) are
 refused. `python -m experiments.train --init_from=RUN` goes on from an imported model.

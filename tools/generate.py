@@ -13,6 +13,7 @@ from research.data.tokenizer import load_tokenizer
 from research.decoding.engine import Engine
 from research.decoding.sampling import Sampling
 from research.errors import InputError
+from research.interop.kept import end_ids
 from research.models.lm import LanguageModel
 from research.schema import TOKENIZER
 from research.training.restore import load_params
@@ -44,10 +45,11 @@ def main(_: list[str]) -> int:
     directory = epath.Path(FLAGS.workdir).expanduser() / TOKENIZER
     tokenizer = load_tokenizer(str(directory)) if FLAGS.prompt or directory.exists() else None
     prompts = [parse_ids(text) for text in FLAGS.prompt_ids] or [
-        [tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in FLAGS.prompt]
+        [*tokenizer.begins, *tokenizer.encode(text).tolist()] for text in FLAGS.prompt]
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     params, step = load_params(FLAGS.workdir, step=FLAGS.step)
-    engine = Engine(LanguageModel(config.model), sampling, tokenizer.eos_id if tokenizer else None)
+    ends = {*end_ids(FLAGS.workdir, config), *([tokenizer.eos_id] if tokenizer else [])}
+    engine = Engine(LanguageModel(config.model), sampling, tuple(sorted(ends)))
     generated = engine.generate(params, prompts, FLAGS.max_new_tokens, jax.random.key(FLAGS.seed))
     texts = [tokenizer.decode(ids) if tokenizer else None for ids in generated.token_ids]
     if FLAGS.json:

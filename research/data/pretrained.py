@@ -27,6 +27,10 @@ _GUESSES = {
     "pad": ("<pad>", "[PAD]"), "unk": ("<unk>", "[UNK]"), "mask": ("<mask>", "[MASK]"),
 }
 _STAND_INS = {"bos": "cls", "eos": "sep"}  # BERT's names
+_TOKENIZER, _CONFIG, _SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+KEPT = (_SPECIALS, _CONFIG, "chat_template.jinja")  # files beside tokenizer.json that go with it wherever it goes
+_MOST_BYTES = 100_000_000  # of one file; the largest published ones have a third
+_LARGEST_ID = 1 << 24
 
 
 class HuggingFaceTokenizer:
@@ -41,16 +45,21 @@ class HuggingFaceTokenizer:
     def __init__(self, model: bytes):
         data = json.loads(model)
         self._model = model
-        self._tokenizer = _library().Tokenizer.from_str(json.dumps(data["tokenizer"]))
+        self._tokenizer = tokenizers_library().Tokenizer.from_str(json.dumps(data["tokenizer"]))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # "<s>" in a text is text
-        roles = data["roles"]
+        self._roles, self._files = data["roles"], data["files"] if "files" in data else {}
+        roles = _filled(self._roles)
         self.pad_id, self.bos_id, self.eos_id = roles["pad"], roles["bos"], roles["eos"]
         self.unk_id, self.mask_id = roles["unk"], roles["mask"]
+        config = self._files[_CONFIG] if _CONFIG in self._files else {}
+        denied = "add_bos_token" in config and config["add_bos_token"] is False
+        self.begins = (self.bos_id,) if "bos" in self._roles and not denied else ()
         self.chat_ids = {marker: token for marker in CHAT_MARKERS
                          if (token := self._tokenizer.token_to_id(marker)) is not None}
-        self._pieces = _pieces(self._tokenizer, data["tokenizer"])
+        # As the library writes it, every field is there, whatever the file left out.
+        self._pieces = _pieces(self._tokenizer, json.loads(self._tokenizer.to_str()))
         self.vocab_size = len(self._pieces)
         self.token_bytes_V = np.array([len(piece) for piece in self._pieces], np.int32)
         self.lossless = self.decode_bytes(self.encode(_PROBE)) == _PROBE.encode("utf-8")
@@ -63,32 +72,39 @@ class HuggingFaceTokenizer:
         return cls(model)
 
     @classmethod
-    def from_directory(cls, directory: str | pathlib.Path) -> "HuggingFaceTokenizer":
+    def from_directory(cls, directory: str | pathlib.Path, made: Mapping[str, Any] | None = None) -> "HuggingFaceTokenizer":
         """Reads tokenizer.json and, for the roles of tokens, tokenizer_config.json and special_tokens_map.json.
+
+        `made`: what some of these files would hold, where that was made of other files.
 
         Raises:
           InputError: a file can't be read, or nothing says how a document begins and ends.
         """
         directory = pathlib.Path(directory)
-        data = _read(directory / "tokenizer.json")
-        said: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (directory / name).exists():
-                said |= {key: value for key, value in _read(directory / name).items() if value is not None}
-        with _Refusals(f"{directory}/tokenizer.json"):
-            tokenizer = _library().Tokenizer.from_str(json.dumps(data))
-        return cls(_bundle(data, _roles(tokenizer, said, directory)))
+        found = [name for name in KEPT if (directory / name).exists()]
+        files = {name: read_file(directory / name) for name in (*found, *([] if made else [_TOKENIZER]))} | (made or {})
+        data = files.pop(_TOKENIZER)
+        if _CONFIG in files:
+            files[_CONFIG].pop("auto_map", None)  # names Python files of theirs, which never come along
+        with Refusals(f"{directory}/{_TOKENIZER}"):
+            _check_merges(data)
+            tokenizer = tokenizers_library().Tokenizer.from_str(json.dumps(data))
+            return cls(_bundle(data, _roles(tokenizer, files, directory), files))
 
     def save(self, directory: str | pathlib.Path) -> None:
         save_model(directory, self.name, self.vocab_size, self.fingerprint(), self._model)
 
     def export(self, directory: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
-        data = json.loads(self._model)
-        roles = {role: self._tokenizer.id_to_token(i) for role, i in data["roles"].items() if i >= 0}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {f"{role}_token": token for role, token in roles.items()}
-        for name, content in (("tokenizer.json", data["tokenizer"]), ("tokenizer_config.json", config)):
-            pathlib.Path(directory, name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Writes tokenizer.json and what was beside it, as transformers' AutoTokenizer reads them."""
+        roles = {f"{role}_token": self._tokenizer.id_to_token(i) for role, i in self._roles.items() if i >= 0}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
+        for name, content in {_TOKENIZER: json.loads(self._model)["tokenizer"], _CONFIG: config, **self._files}.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            pathlib.Path(directory, name).write_text(text, encoding="utf-8")
+
+    def special_ids(self) -> dict[str, int]:
+        """As config.json says them; of roles that the vocabulary has."""
+        return {f"{role}_token_id": self._roles[role] for role in ("bos", "eos", "pad") if role in self._roles}
 
     @staticmethod
     def fingerprint_of(model: bytes) -> str:
@@ -128,7 +144,7 @@ class WordPieceTokenizer(HuggingFaceTokenizer):
         Raises:
           InputError: no text, or too little for so large a vocabulary; `tokenizers` isn't installed.
         """
-        from_library = _library()
+        from_library = tokenizers_library()
         models, trainers = from_library.models, from_library.trainers
         specials = [*SPECIALS, *(CHAT_MARKERS if chat else ())]
         alphabet = sorted(_BYTE_OF)
@@ -157,8 +173,8 @@ class WordPieceTokenizer(HuggingFaceTokenizer):
         return cls(_bundle(json.loads(whole.to_str()), roles))
 
 
-class _Refusals:
-    """The library raises bare Exceptions for a file that it can't read; those, not their subclasses, become ours."""
+class Refusals:
+    """The library raises bare Exceptions for a file that it can't read, or panics; those, not subclasses, become ours."""
 
     def __init__(self, name: str):
         self._name = name
@@ -167,7 +183,7 @@ class _Refusals:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        if kind is Exception:
+        if kind is Exception or (kind is not None and kind.__name__ == "PanicException"):
             raise InputError("data.tokenizer", f"{self._name} can't be read ({error})", "save it again") from None
 
 
@@ -186,7 +202,7 @@ class _Counted:
         return text
 
 
-def _library() -> Any:
+def tokenizers_library() -> Any:
     try:
         import tokenizers
     except ImportError:
@@ -217,6 +233,8 @@ def _pieces(tokenizer: Any, data: Mapping[str, Any]) -> list[bytes]:
     kinds = set(re.findall(r'"type": ?"(\w+)"', json.dumps([data["pre_tokenizer"], data["decoder"]])))
     inside = model["continuing_subword_prefix"] if model["type"] == "WordPiece" else None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary or max(vocabulary.values()) > _LARGEST_ID:
+        raise InputError("data.tokenizer", f"has no pieces, or ids above {_LARGEST_ID}", "save the tokenizer again")
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for piece, i in vocabulary.items():
         if i in added:
@@ -233,30 +251,72 @@ def _pieces(tokenizer: Any, data: Mapping[str, Any]) -> list[bytes]:
     return pieces
 
 
-def _roles(tokenizer: Any, said: Mapping[str, Any], directory: pathlib.Path) -> dict[str, int]:
+def _roles(tokenizer: Any, files: Mapping[str, Any], directory: pathlib.Path) -> dict[str, int]:
+    """Ids of the roles that there are: as the files say; by a guess where they say nothing, not where they say null."""
+    said: dict[str, Any] = {}
+    nulls: set[str] = set()
+    for name in (_SPECIALS, _CONFIG):
+        if name in files:
+            said |= {key: value for key, value in files[name].items() if value is not None}
+            nulls |= {key for key, value in files[name].items() if value is None}
     roles: dict[str, int] = {}
     for role, guesses in _GUESSES.items():
         keys = [f"{role}_token", *([f"{_STAND_INS[role]}_token"] if role in _STAND_INS else [])]
-        names = [value["content"] if isinstance(value, dict) else value for key in keys if (value := said.get(key))]
-        for name in (*names, *guesses):
-            if (token := tokenizer.token_to_id(str(name))) is not None:
+        names = [token_content(key, said[key]) for key in keys if key in said]
+        # Whatever they say, our data needs an end.
+        for name in (*names, *(guesses if role == "eos" or keys[0] not in nulls else ())):
+            if (token := tokenizer.token_to_id(name)) is not None:
                 roles[role] = token
                 break
     if "bos" not in roles and "eos" not in roles:
         raise InputError("data.tokenizer", f"nothing in {directory} says which token ends a document",
                          'give "eos_token" in its tokenizer_config.json')
+    return roles
+
+
+def _check_merges(data: Mapping[str, Any]) -> None:
+    """The library ends the whole process at a merge whose second half lacks the prefix that the model says it has."""
+    model = data["model"] if "model" in data and isinstance(data["model"], dict) else {}
+    prefix, merges = (model[name] if name in model else None for name in ("continuing_subword_prefix", "merges"))
+    if isinstance(prefix, str) and prefix and isinstance(merges, list):
+        halves = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        seconds = [pair[-1] if isinstance(pair, list) and pair else None for pair in halves]
+        if not prefix.isascii() or not all(isinstance(second, str) and second.startswith(prefix) for second in seconds):
+            raise InputError("data.tokenizer", f"has merges without its continuing_subword_prefix {prefix!r}", "save it again")
+
+
+def token_content(key: str, value: Any) -> str:
+    name = value["content"] if isinstance(value, dict) and "content" in value else value
+    if not isinstance(name, str):
+        raise InputError("data.tokenizer", f"{key} is {value!r}, which is no token", "save the tokenizer again")
+    return name
+
+
+def _filled(roles: Mapping[str, int]) -> dict[str, int]:
+    """With a stand-in for every role that the vocabulary doesn't have; but for the mask, none."""
+    filled = {"mask": -1, **roles}
     for role, other in (("bos", "eos"), ("eos", "bos"), ("pad", "eos"), ("unk", "pad")):
-        if role not in roles:
-            roles[role] = roles[other]
-    return {"mask": -1, **roles}
+        if role not in filled:
+            filled[role] = filled[other]
+    return filled
 
 
-def _bundle(data: Mapping[str, Any], roles: Mapping[str, int]) -> bytes:
-    return json.dumps({"roles": roles, "tokenizer": data}, sort_keys=True).encode("utf-8")
+def _bundle(data: Mapping[str, Any], roles: Mapping[str, int], files: Mapping[str, Any] | None = None) -> bytes:
+    return json.dumps({"roles": roles, "tokenizer": data} | ({"files": files} if files else {}), sort_keys=True).encode("utf-8")
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def read_file(path: pathlib.Path) -> Any:
+    """A table, or the text of what isn't JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("too large")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return text
+        data = json.loads(text)
+        json.dumps(data, ensure_ascii=False).encode("utf-8")  # half a surrogate pair can be read, but not written
+        if not isinstance(data, dict):
+            raise ValueError("no table")
+    except (OSError, ValueError, RecursionError):
         raise InputError("data.tokenizer", f"{path} can't be read", "save the tokenizer again") from None
+    return data

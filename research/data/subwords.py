@@ -44,6 +44,7 @@ class SentencePieceTokenizer:
     training_key = f"bpe {sentencepiece.__version__} {sorted(_OPTIONS.items())}"
     _model_type = "bpe"
     pad_id, bos_id, eos_id, unk_id, mask_id = PAD, BOS, EOS, UNK, MASK
+    begins = (BOS,)
 
     def __init__(self, model: bytes):
         self._model = model
@@ -91,6 +92,10 @@ class SentencePieceTokenizer:
 
     def save(self, directory: str | pathlib.Path) -> None:
         save_model(directory, self.name, self.vocab_size, self.fingerprint(), self._model)
+
+    def model_bytes(self) -> bytes:
+        """SentencePiece's own file."""
+        return self._model
 
     @staticmethod
     def fingerprint_of(model: bytes) -> str:

@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
       vocab_size: ids are in [0, vocab_size).
       token_bytes_V: int32; how many bytes of text each id stands for, 0 for the specials. Summed over an
         encoded text it is the text's length in UTF-8, which is what bits per byte divides by.
+      begins: what stands before a prompt: bos_id, or nothing where the vocabulary's files say so (documents of the data
+        begin with bos_id all the same).
       chat_ids: marker (vocabulary.CHAT_MARKERS) -> id, of those that the vocabulary has.
     """
 
@@ -32,6 +34,7 @@ class Tokenizer(Protocol):
     eos_id: int
     unk_id: int
     mask_id: int
+    begins: tuple[int, ...]
     token_bytes_V: np.ndarray
     chat_ids: dict[str, int]
 
@@ -60,6 +63,7 @@ class BytesTokenizer:
     name = "bytes"
     vocab_size = len(SPECIALS) + 256
     pad_id, bos_id, eos_id, unk_id, mask_id = PAD, BOS, EOS, UNK, MASK
+    begins = (BOS,)
 
     def __init__(self):
         self.chat_ids: dict[str, int] = {}

@@ -26,11 +26,14 @@ class Generated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Generates from `model`; one compiled function for each (batch, padded prompt, new tokens, sampling)."""
+    """Generates from `model`; one compiled function for each (batch, padded prompt, new tokens, sampling).
+
+    `eos_id`: the token that ends a row; several, where any of them does.
+    """
 
     model: LanguageModel
     sampling: Sampling
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
 
     def generate(self, params: Mapping, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: jax.Array) -> Generated:
         """Continues each prompt by at most `max_new_tokens`.
@@ -78,7 +81,10 @@ class Engine:
         token_B, logprob_B = next_token(last_BxD, jnp.int32(0))
         tokens_BxT = jnp.zeros((batch, new_tokens), jnp.int32).at[:, 0].set(token_B)
         logprobs_BxT = jnp.zeros((batch, new_tokens), jnp.float32).at[:, 0].set(logprob_B)
-        ended = (lambda token_B: token_B == self.eos_id) if self.eos_id is not None else (lambda token_B: token_B < 0)
+        ends = () if self.eos_id is None else self.eos_id
+
+        def ended(token_B: jax.Array) -> jax.Array:
+            return jnp.isin(token_B, jnp.array(ends, jnp.int32))
 
         def unfinished(carry):
             step, _, done_B, *_ = carry

@@ -53,12 +53,26 @@ class Family:
             raise error if error.field.startswith("config.json") else error.within("config.json") from None
 
 
+# Of the settings whose default is null, those that aren't whole numbers.
+_NULLABLE: Mapping[str, tuple[type, ...]] = {
+    "rope_scaling": (dict,), "rope_parameters": (dict,), "time_step_limit": (list, tuple), "mamba_dt_rank": (int, str),
+    "time_step_rank": (int, str)}
+_LARGEST = 2**31 - 1
+_MOST = 10_000  # layers or experts: names of tensors are made for each of them
+
+
 def _typed(name: str, value: Any, default: Any) -> Any:
-    kinds = (int, float) if isinstance(default, float) else type(default)
-    if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
-        raise InputError(f"config.json: {name}", f"{value!r} is not like {default!r}", "download the model again")
+    kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+    if default is None:
+        kinds = _NULLABLE[name] if name in _NULLABLE else (int,)
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+        words = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"config.json: {name}", f"{value!r} is not {words}", "download the model again")
     if type(default) is int and value < 1:
         raise InputError(f"config.json: {name}", f"{value} is below 1", "download the model again")
+    most = _MOST if name == "n_layer" or name.startswith("num_") and name.endswith(("layers", "experts")) else _LARGEST
+    if isinstance(value, int) and value > most:
+        raise InputError(f"config.json: {name}", f"{value} is above {most}", "download the model again")
     return value
 
 

@@ -2,14 +2,13 @@
 
 A tensor is one of theirs: a layer's matrix, an expert's, or the embedding. Beside a few copies of the largest (as read, in our
 layout, compressed) a conversion holds buffers of some ten MiB: measured, in either direction and for a run that was trained
-here, 31 to 77 MiB for a Llama of 388 whose largest tensor has 4, and 80 to 148 MiB for one of 1544 with 16
+here, 31 to 77 MiB for a Llama of 388 whose largest tensor has 4, and 72 to 184 MiB where it has 16
 (tests/interop/memory_test.py). Of a run that was trained here, what its checkpoint has as one chunk is held: a layer's
 experts, or as much of small layers (LAYER_CHUNK in training/checkpoint.py) as a device had.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -23,14 +22,16 @@ from tqdm import tqdm
 
 from research.config import MixerConfig, difference, nearest
 from research.data.pretrained import HuggingFaceTokenizer
-from research.data.tokenizer import load_tokenizer
+from research.data.tokenizer import Tokenizer
 from research.errors import InputError
 from research.interop import safetensors_files
 from research.interop.families import FAMILIES
-from research.interop.family import Family
+from research.interop.family import Family, Settings
+from research.interop.kept import CONFIG, DIRECTORY, IDS, load_kept, read_kept, write_kept
 from research.interop.parameter_store import ParameterReader, ParameterWriter
-from research.interop.safetensors_files import TensorFiles, inside, read_json
+from research.interop.safetensors_files import TensorFiles, read_json
 from research.interop.tensor_map import Theirs, tensor_map
+from research.interop.vocabularies import export_tokenizer, import_tokenizer
 from research.models.attention import Attention
 from research.models.lm import LanguageModel
 from research.models.mamba import Mamba
@@ -40,7 +41,6 @@ from research.training.workdir import is_remote, read_config, write_config
 
 # Settings of ours that don't change the function, or only its training; theirs have no place for them.
 TRAINING_ONLY = ("implementation", "balance_loss", "z_loss", "depth", "chunk", "dt_min", "dt_max", "dt_floor")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -61,12 +61,12 @@ def import_model(source: str, workdir: str, dtype: str | None = None) -> dict[st
         raise InputError("--input", f"there is no directory {source}", "name a downloaded model")
     config = read_json(directory, CONFIG_FILE)
     family = _family_named(config)
-    model = family.model(config)
+    model, kept = family.model(config), read_kept(directory, family, config)
     files = TensorFiles.open(directory)
     theirs = tensor_map(LanguageModel(model), family.rows, family.per_layer)
     names = _match(family, theirs, files, model.tie_embeddings)
-    tokenizer = _import_tokenizer(directory)
     arrays = _our_arrays(model, theirs, names, files, dtype)
+    tokenizer = import_tokenizer(directory, family.model_type)  # last: it may warn, and a refusal is one line
     model = dataclasses.replace(model, compute_dtype=_compute_dtype(arrays, dtype))  # training goes on with float32 weights
     with _Undone(output):
         writer = ParameterWriter(output, arrays, {part.path: len(part.index) for t in theirs.values() for part in t.parts})
@@ -77,8 +77,7 @@ def import_model(source: str, workdir: str, dtype: str | None = None) -> dict[st
             del value  # its memory, before the next is read
         if tokenizer:
             tokenizer.save(output / TOKENIZER)
-        else:
-            logging.warning("%s has no %s: the run can be given token ids, but no text", directory, TOKENIZER_FILES[0])
+        write_kept(kept, output / DIRECTORY)
         data = DataConfig(sources=(Source("sourcecode"),), seq_len=min(1024, model.max_len),
                           tokenizer=str(output / TOKENIZER) if tokenizer else "bytes")
         start = Config(name=family.model_type, model=model, data=data, optim=OptimConfig(lr=1e-4, warmup_steps=100))
@@ -124,13 +123,14 @@ def export_model(workdir: str, target: str, step: int | None = None, shard_bytes
         for _ in tqdm(written, "exporting", len(arrays), disable=None):
             pass
         reader.verify()
-        special = _export_tokenizer(source / TOKENIZER, output)
-        dtype = str(arrays[next(iter(arrays))][0])
-        described = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype,
-                     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special, **settings}
-        (output / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        tokenizer, kept = export_tokenizer(source, output), load_kept(source, config)
+        described = _described(family, model, settings, kept[CONFIG] if kept else {}, tokenizer)
+        described |= {"architectures": [family.architecture], "model_type": family.model_type,
+                      "dtype" if "dtype" in described else "torch_dtype": str(arrays[next(iter(arrays))][0])}
+        for name, content in (kept | {CONFIG_FILE: described}).items():
+            (output / name).write_text(json.dumps(content, indent=2) + "\n")
     return {"family": family.model_type, "params": LanguageModel(model).param_counts()["total"], "tensors": len(theirs),
-            "files": sorted(path.name for path in output.iterdir()), "step": reader.step, "tokenizer": bool(special)}
+            "files": sorted(path.name for path in output.iterdir()), "step": reader.step, "tokenizer": tokenizer is not None}
 
 
 class _Undone:
@@ -269,24 +269,13 @@ def _usual(mixer: MixerConfig, dim: int) -> dict[str, int]:
     return {"width": dim} if isinstance(mixer, Rwkv4TimeMix) else {"dt_rank": -(-dim // 16)} if isinstance(mixer, Mamba) else {}
 
 
-def _import_tokenizer(directory: pathlib.Path) -> HuggingFaceTokenizer | None:
-    """None where there is none. Raises InputError: a file of it leads out of the directory, or can't be read."""
-    found = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
-    for name in found:
-        inside(directory, name)
-    return HuggingFaceTokenizer.from_directory(directory) if TOKENIZER_FILES[0] in found else None
-
-
-def _export_tokenizer(directory: pathlib.Path, output: pathlib.Path) -> dict[str, int]:
-    """Writes tokenizer.json and its config; returns the ids of the special tokens."""
-    if not directory.exists():
-        return {}
-    tokenizer = load_tokenizer(directory)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        tokenizer.export(output)
-    else:
-        shutil.copytree(directory, output / TOKENIZER)
-        logging.warning("the run's tokenizer (%s) has no tokenizer.json; its own files are in %s", tokenizer.name,
-                        os.fspath(output / TOKENIZER))
-    return special
+def _described(family: Family, model: ModelConfig, settings: Settings, kept: Settings, tokenizer: Tokenizer | None) -> Settings:
+    """What config.json says: what the imported one said, where it still describes the model; else the model's `settings`."""
+    special = dict.fromkeys(IDS) if not kept else {}
+    if tokenizer is not None:
+        special |= tokenizer.special_ids() if isinstance(tokenizer, HuggingFaceTokenizer) else {
+            name: getattr(tokenizer, name.replace("_token_id", "_id")) for name in IDS}
+    same_family = "model_type" in kept and kept["model_type"] == family.model_type
+    if same_family and not difference(_plain(family.model(kept)), _plain(model)):
+        return special | kept
+    return special | {name: kept[name] for name in IDS if name in kept} | settings

@@ -3,7 +3,7 @@
 import math
 
 from research.errors import InputError
-from research.interop.family import Family, Settings, activation, depth, their_activation
+from research.interop.family import Family, Settings, depth
 from research.interop.mamba import mamba_rows, rank
 from research.interop.tensor_map import Row
 from research.models.attention import Attention
@@ -14,7 +14,7 @@ from research.schema import ModelConfig, Norm, Stage
 
 _KNOWN = {
     "vocab_size": 65536, "tie_word_embeddings": False, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 262144, "num_experts_per_tok": 2, "num_experts": 16, "expert_layer_period": 2,
     "expert_layer_offset": None, "attn_layer_period": 8, "attn_layer_offset": None, "mamba_d_state": 16, "mamba_d_conv": 4,
     "mamba_expand": 2, "mamba_dt_rank": None, "mamba_conv_bias": True,
@@ -37,16 +37,14 @@ _ROWS = (
 def _read(settings: Settings) -> ModelConfig:
     s = settings
     offsets = {name: default if s[name] is None else s[name] for name, default in _OFFSETS.items()}
-    act = activation("hidden_act", s["hidden_act"])
     heads = s["num_attention_heads"]
     kv_heads = s["num_key_value_heads"] or heads
     attention = Attention(heads=heads, kv_heads=None if kv_heads == heads else kv_heads, positions="none")
     mamba = Mamba(expand=s["mamba_expand"], state=s["mamba_d_state"], conv=s["mamba_d_conv"], conv_bias=s["mamba_conv_bias"],
                   dt_rank=rank(s["mamba_dt_rank"], s["hidden_size"]), norms=True, norm_eps=s["rms_norm_eps"])
-    mlp = GatedMlp(s["intermediate_size"], act)
+    mlp = GatedMlp(s["intermediate_size"])
     moe = mlp if s["num_experts"] == 1 else Moe(
-        experts=s["num_experts"], top_k=s["num_experts_per_tok"], hidden=s["intermediate_size"], activation=act,
-        renormalize=False)
+        experts=s["num_experts"], top_k=s["num_experts_per_tok"], hidden=s["intermediate_size"], renormalize=False)
     for name, period in (("attn_layer_offset", "attn_layer_period"), ("expert_layer_offset", "expert_layer_period")):
         if type(offsets[name]) is not int or not 0 <= offsets[name] < s[period]:
             raise InputError(f"config.json: {name}", f"{offsets[name]!r} is not in [0, {period}={s[period]})", "correct it")
@@ -73,7 +71,7 @@ def _write(model: ModelConfig) -> Settings | None:
     return {
         "vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings, "hidden_size": model.dim,
         "intermediate_size": (mlp or moe).hidden, "num_hidden_layers": depth(model), "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.kv_heads or attention.heads, "hidden_act": their_activation((mlp or moe).activation),
+        "num_key_value_heads": attention.kv_heads or attention.heads, "hidden_act": "silu",
         "rms_norm_eps": model.norm.eps, "max_position_embeddings": model.max_len, "num_experts": moe.experts if moe else 1,
         "num_experts_per_tok": moe.top_k if moe else 1, "expert_layer_offset": experts_at[0],
         "expert_layer_period": experts_at[1],
@@ -87,5 +85,6 @@ def _places(found: list[bool], layers: int) -> tuple[int, int]:
     return (0, 1) if not at else (at[0], at[1] - at[0] if len(at) > 1 else layers)
 
 
-JAMBA = Family("jamba", "JambaForCausalLM", _KNOWN, {"mamba_proj_bias": False}, _read, _write, _ROWS,
+# hidden_act is of the Mamba layers, too, whose activation is fixed here.
+JAMBA = Family("jamba", "JambaForCausalLM", _KNOWN, {"mamba_proj_bias": False, "hidden_act": "silu"}, _read, _write, _ROWS,
                derived=("num_key_value_heads",))

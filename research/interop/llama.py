@@ -42,8 +42,6 @@ _BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 def read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
     """(base, scaling), from rope_parameters, or from rope_theta and rope_scaling as older files have them."""
     rope: Mapping[str, Any] = settings["rope_parameters"] or settings["rope_scaling"] or {}
-    if not isinstance(rope, dict):
-        raise InputError("config.json: rope_scaling", f"{rope!r} is not a table of values", "download the model again")
     rope = {key: value for key, value in rope.items() if value is not None}
     base = rope["rope_theta"] if "rope_theta" in rope else settings["rope_theta"]
     kind = next((rope[key] for key in ("rope_type", "type") if key in rope), "default")
@@ -54,7 +52,7 @@ def read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
                       "beta_fast": "high", "attention_factor": "magnitude"}}
     if kind == "default":
         return base, None
-    if kind not in names:
+    if not isinstance(kind, str) or kind not in names:
         raise InputError("config.json: rope_type", f"{kind!r} is not implemented", nearest(str(kind), list(names)))
     for key in rope:
         if key not in (*names[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor"):

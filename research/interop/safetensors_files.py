@@ -51,11 +51,12 @@ class TensorFiles:
         raise InputError("--input", f"{directory} has no {ONE_FILE} and no {INDEX}", "name a model's directory")
 
     def read(self, name: str) -> np.ndarray:
-        entry = self.entries[name]
+        """Raises InputError, as `dtype` does."""
+        entry, dtype = self.entries[name], self.dtype(name)
         count = math.prod(entry.shape)
         with open(entry.file, "rb") as file:
             file.seek(entry.start)
-            array = np.fromfile(file, DTYPES[entry.dtype], count)
+            array = np.fromfile(file, dtype, count)
         if array.size != count:
             raise _broken(entry.file, f"ends inside {name}")
         return array.reshape(entry.shape)
@@ -74,15 +75,22 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     Raises:
       InputError: it does, it isn't a file, or it is a pickle.
     """
+    unusable = InputError("--input", f"{name[:80]!r} can't be the name of a file", "download the model again")
+    if not name.isprintable():  # NUL, half a surrogate pair, a new line in our one line
+        raise unusable
     bare = pathlib.PurePath(name)
     root = directory.resolve()
     roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     path = directory / name
-    if bare.is_absolute() or ".." in bare.parts or not any(path.resolve().is_relative_to(r) for r in roots):
+    try:
+        resolved, is_file = path.resolve(), path.is_file()
+    except (OSError, RuntimeError):  # too long, links in a ring
+        raise unusable from None
+    if bare.is_absolute() or ".." in bare.parts or not any(resolved.is_relative_to(r) for r in roots):
         raise InputError("--input", f"{name!r} leads out of {directory}", "keep the model's files in its directory")
     if bare.suffix in _PICKLES:
         raise InputError("--input", f"{path} is a pickle, which could run any code when it is read", "save it as safetensors")
-    if not path.is_file():
+    if not is_file:
         raise InputError("--input", f"{path} is missing", "download the model again")
     return path
 
@@ -91,8 +99,10 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
     """A JSON file of `directory` that holds a table. Raises InputError."""
     path = inside(directory, name)
     try:
+        if path.stat().st_size > _LONGEST_HEADER:
+            raise _broken(path, f"is larger than {_LONGEST_HEADER} bytes")
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _broken(path, f"is not JSON ({error})") from None
     if not isinstance(data, dict):
         raise _broken(path, "is not a table of fields")
@@ -124,18 +134,23 @@ def _indexed(directory: pathlib.Path) -> dict[str, Entry]:
 def _header(path: pathlib.Path) -> dict[str, Entry]:
     """Every tensor must lie in the file, as long as its dtype and shape say, without gaps or overlaps."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise _broken(path, "is cut or is no safetensors file")
-        text = file.read(length)
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise _broken(path, "is cut or is no safetensors file")
+            text = file.read(length)
+    except OSError as error:
+        raise _broken(path, f"can't be read ({error})") from None
     try:
         header = json.loads(text)
-        tensors = {name: (str(t["dtype"]), tuple(map(int, t["shape"])), *map(int, t["data_offsets"]))
+        tensors = {name: (str(t["dtype"]), _whole(t["shape"]), *_whole(t["data_offsets"], 2))
                    for name, t in header.items() if name != "__metadata__"}
         spans = sorted((start, end, name) for name, (_, _, start, end) in tensors.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _broken(path, "has a broken header") from None
+    if bad := [name for name in tensors if not name.isprintable()]:
+        raise _broken(path, f"has a broken header: no tensor is called {bad[0]!r}")
     end = 0
     for start, stop, name in spans:
         dtype, shape = tensors[name][:2]
@@ -147,6 +162,13 @@ def _header(path: pathlib.Path) -> dict[str, Entry]:
     if 8 + length + end != size:
         raise _broken(path, f"is {size} bytes long, its header says {8 + length + end}")
     return {name: Entry(path, dtype, shape, 8 + length + start) for name, (dtype, shape, start, _) in tensors.items()}
+
+
+def _whole(values: Any, count: int | None = None) -> tuple[int, ...]:
+    """Raises ValueError: not a list of whole numbers, or of another length."""
+    if not isinstance(values, list) or any(type(x) is not int for x in values) or (count or len(values)) != len(values):
+        raise ValueError(values)
+    return tuple(values)
 
 
 def write(directory: pathlib.Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],

@@ -114,8 +114,10 @@ def test_cut_and_broken_files(model):
 
 
 @pytest.mark.parametrize("broken", [
-    b"[" * 100_000, b'{"a": ' * 100_000, b"[]", b'{"a": []}', b'{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}',
-    b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0]}}',
+    b"[" * 100_000, b'{"a": ' * 100_000, b"[]", b'{"a": []}',
+    b'{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0]}}',
     b'{"a\\nb": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
 ], ids=lambda header: header[:40].decode())
 def test_headers_that_are_none(model, broken):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from research.decoding.engine import Engine
 from research.decoding.sampling import Sampling
 from research.interop.families import FAMILIES
 from research.interop.huggingface import _plain, export_model, import_model
+from research.interop.kept import DIRECTORY
 from research.models.lm import LanguageModel
 from research.training.restore import load_params
 from research.training.workdir import read_config
@@ -81,10 +83,25 @@ def test_greedy_generation_is_theirs(name, converted):
     np.testing.assert_allclose(generated.logprobs[0], [scores[i + 2, ids[i + 3]] for i in range(8)], atol=2e-4)
 
 
-def test_config_json_goes_around(converted):
-    """What we write says what theirs said: reading both gives one config of ours."""
-    for name in MODELS:
-        theirs, _, back = converted(name)
-        configs = [json.loads((path / "config.json").read_text()) for path in (theirs, back)]
-        family = FAMILIES[configs[0]["model_type"]]
-        assert _plain(family.model(configs[0])) == _plain(family.model(configs[1])), name
+@every_model
+def test_config_json_goes_around(name, converted):
+    """What we write is what theirs said, setting by setting, and their generation_config.json."""
+    theirs, _, back = converted(name)
+    for file in ("config.json", "generation_config.json"):
+        written, given = (json.loads((path / file).read_text()) for path in (back, theirs))
+        assert written == given, file
+
+
+@every_model
+def test_config_json_of_a_run_that_wasn_t_imported(name, converted, tmp_path):
+    """Of settings of ours alone: reading it gives the same model, and transformers the same logits."""
+    transformers = pytest.importorskip("transformers")
+    theirs, run, _ = converted(name)
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / DIRECTORY)
+    export_model(str(tmp_path / "run"), str(tmp_path / "back"))
+    configs = [json.loads((path / "config.json").read_text()) for path in (theirs, tmp_path / "back")]
+    family = FAMILIES[configs[0]["model_type"]]
+    assert _plain(family.model(configs[0])) == _plain(family.model(configs[1]))
+    model = getattr(transformers, MODELS[name][1]).from_pretrained(tmp_path / "back").eval()
+    np.testing.assert_array_equal(their_logits(model, tokens()), their_logits(make(name), tokens()))

@@ -24,6 +24,12 @@ _LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fa
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", "LlamaForCausalLM", _LLAMA | dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
     "llama3": ("LlamaConfig", "LlamaForCausalLM", _LLAMA | dict(rope_parameters=_LLAMA3, head_dim=16)),
+    "llama_linear": ("LlamaConfig", "LlamaForCausalLM",
+                     _LLAMA | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0))),
+    "llama_yarn": ("LlamaConfig", "LlamaForCausalLM",
+                   _LLAMA | dict(head_dim=16, max_position_embeddings=256, rope_parameters=dict(
+                       rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_slow=0.25, beta_fast=2.0,
+                       rope_theta=10000.0))),
     "llama_tied_biased": ("LlamaConfig", "LlamaForCausalLM",
                           _LLAMA | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, hidden_act="gelu")),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=4)),
