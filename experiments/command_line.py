@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import sys
 from typing import Any, Callable, Mapping, Sequence
 
@@ -109,6 +110,14 @@ class _Formatter(logging.PythonFormatter):
         return line if record.levelno < 30 else f"{record.levelname.lower()}: {line}"
 
 
+def _reader_gone() -> bool:
+    """Did who reads the answer (`| head`) leave?"""
+    poll = select.poll()
+    for descriptor in {1, _answer}:
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def set_up_jax() -> None:
     """The compilation cache ($RUNG_CACHE/xla), and this process's place in a job of several."""
     cache = os.path.expanduser(os.environ["RUNG_CACHE"] if "RUNG_CACHE" in os.environ else "~/.cache/rung")
@@ -165,7 +174,14 @@ def run(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> 
         _claim_output()
         try:
             set_up_jax()
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()  # a reader that is gone is told of here, not when Python ends
+            return code
+        except BrokenPipeError:
+            if not _reader_gone():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python flushes at its end
+            return 0
         except InputError as error:
             _fail(error)
         except (Diverged, Interrupted) as error:

@@ -18,13 +18,14 @@ from research.config import nearest, override
 from research.errors import InputError
 from research.evaluation.statistics import over_seeds
 from research.scaling.analysis import analyse
+from research.scaling.divergence import without_diverged
 from research.scaling.ladder import (
     BACKTEST_RESAMPLES,
     Rung,
     Size,
     backtests,
     corrected,
-    drift,
+    drift_figure,
     forecast,
     grid,
     rung_at,
@@ -32,7 +33,7 @@ from research.scaling.ladder import (
     write_csv,
 )
 from research.scaling.laws import LAWS
-from research.scaling.points import Points, make, read_csv, without_diverged
+from research.scaling.points import Points, make, read_csv
 from research.scaling.prediction import config_sha256, score, stored_prediction
 from research.schema import COMPILED, LEDGER_PREFIX, RESULT_FILE, Config
 from research.training.loop import put_batch
@@ -268,9 +269,10 @@ def target_overrides(rung: Rung) -> dict[str, Any]:
     return {**rung.size.overrides, "train.steps": rung.steps, "optim.decay_steps": rung.decay_steps}
 
 
-def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float, dim: int | None, n_used: str, bootstrap: int,
-            seed: int) -> Row:
-    """What the law of `points` says of a run of `flops` FLOPs, to be sealed.
+def predict(points: Points, plan: Mapping[str, Any] | None, approach: str, flops: float, dim: int | None, n_used: str,
+            bootstrap: int, seed: int) -> Row:
+    """What the law of `points` says of a run of `flops` FLOPs, to be sealed; without a ladder's plan, of the size that the law
+    finds best there, of which there is no config.
 
     Its value is the law's, corrected by the drift that the backtests show; its interval is that of one new run, wide enough
     for no drift or twice as much, and widened until the backtests' errors are as their intervals say (`widening`).
@@ -281,12 +283,18 @@ def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float
     found = analyse(points, approach, bootstrap=bootstrap, seed=seed, budget=flops)
     tests = backtests(points, approach, min(bootstrap, BACKTEST_RESAMPLES), seed)
     widen = widening(tests)
-    rung, config = target_of(plan, flops, found["optimum"]["N_opt"]["value"], n_used, dim)
-    size = rung.size
-    target = make([getattr(size, n_used)], [1.0], [rung.tokens], [rung.flops])
-    said, = forecast(points, approach, target, bootstrap, seed)
-    moved, times = drift(tests), rung.flops / float(points.flops_P.max())
-    band = corrected(said, moved, times, widen)
+    best = found["optimum"]
+    if best["N_opt"] is None or best["D_opt"] is None:
+        raise InputError("points", f"these runs decide no best size at {flops:.3g} FLOPs", "add sizes or budgets")
+    if plan is None:
+        target = {"preset": None, "overrides": {}, "params": best["N_opt"]["value"], "tokens": best["D_opt"]["value"],
+                  "flops": flops, "config_sha256": None}
+    else:
+        target = _planned_target(plan, flops, best["N_opt"]["value"], n_used, dim)
+    counted_as = target["params" if plan is None else n_used]
+    said, = forecast(points, approach, make([counted_as], [1.0], [target["tokens"]], [target["flops"]]), bootstrap, seed)
+    moved, times = drift_figure(tests), target["flops"] / float(points.flops_P.max())
+    band = corrected(said, moved["value"], times, widen)
     columns = (values_P.tolist() for values_P in (points.params_P, points.tokens_P, points.flops_P, points.loss_P))
     runs = [dict(zip(("run", n_used, "tokens", "flops", "loss"), row)) for row in zip(points.names, *columns)]
     return {**band, "of_law": said, "drift": moved,
@@ -294,9 +302,14 @@ def predict(points: Points, plan: Mapping[str, Any], approach: str, flops: float
             "residual_rms": found["residual_rms"], "bootstrap": bootstrap, "bootstrap_seed": seed, "widened": widen,
             "backtests": counted(tests), "optimum": found["optimum"], "notes": found["notes"], "left_out": found["left_out"],
             "runs": runs,
-            "target": {"preset": plan["preset"], "overrides": target_overrides(rung), "params": size.params,
-                       "non_embedding": size.non_embedding, "tokens": rung.tokens, "flops": rung.flops,
-                       "times": times, "config_sha256": config_sha256(config)}}
+            "target": target | {"times": times}}
+
+
+def _planned_target(plan: Mapping[str, Any], flops: float, params: float, n_used: str, dim: int | None) -> Row:
+    rung, config = target_of(plan, flops, params, n_used, dim)
+    return {"preset": plan["preset"], "overrides": target_overrides(rung), "params": rung.size.params,
+            "non_embedding": rung.size.non_embedding, "tokens": rung.tokens, "flops": rung.flops,
+            "config_sha256": config_sha256(config)}
 
 
 def counted(tests: Sequence[Mapping[str, Any]]) -> Row:
@@ -310,21 +323,27 @@ def counted(tests: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def scores(runs: Sequence[str]) -> list[Row]:
-    """A row a finished run with a prediction: what was predicted, what came, the error, whether the interval covered it."""
+    """A row a finished or diverged run with a prediction: what was predicted, what came, the error, whether the interval
+    covered it. One that diverged has no loss: its prediction missed."""
     rows = []
     for run_directory in runs:
-        prediction = stored_prediction(run_directory) if status(run_directory) == "finished" else None
+        finished = status(run_directory) == "finished"
+        lost = not finished and diverged(run_directory)
+        prediction = stored_prediction(run_directory) if finished or lost else None
         if prediction is None:
             continue
-        with open(os.path.join(run_directory, RESULT_FILE)) as file:
-            result = json.load(file)
-        rows.append({"run": run_directory, "seed": read_config(run_directory).seed, "flops": result["flops"],
+        result = {"flops": prediction["target"]["flops"], "final_eval_loss": None, "final_eval_loss_se": None}
+        if finished:
+            with open(os.path.join(run_directory, RESULT_FILE)) as file:
+                result = json.load(file)
+        rows.append({"run": run_directory, "seed": read_config(run_directory).seed, "flops": result["flops"], "diverged": lost,
                      "observed_se": result["final_eval_loss_se"], **score(prediction, result["final_eval_loss"])})
     return rows
 
 
 def score_summary(rows: Sequence[Row]) -> Row:
-    """scores, how many runs were covered, and the mean relative error of each prediction that 2 runs or more were scored by."""
+    """scores, how many runs were covered, which diverged, and the mean relative error of each prediction that 2 runs or more
+    ended with a loss for."""
     means = []
     for sealed in dict.fromkeys(row["sha256"] for row in rows):
         errors = [row["relative_error"] for row in rows if row["sha256"] == sealed and row["relative_error"] is not None]
@@ -333,4 +352,4 @@ def score_summary(rows: Sequence[Row]) -> Row:
             means.append({"sha256": sealed, "runs": len(errors),
                           "relative_error": {"value": found.value, "low": found.low, "high": found.high}})
     return {"scores": list(rows), "covered": sum(row["covered"] for row in rows), "runs": len(rows),
-            "mean_relative_errors": means}
+            "diverged": [row["run"] for row in rows if row["diverged"]], "mean_relative_errors": means}

@@ -7,6 +7,7 @@
         [--budget=1e21 [--at=bits=8] [--served_tokens=1e12]] [--json]
 
     python -m experiments.scaling_laws predict --workdir=DIR [--csv=FILE] [--approach=3] [--times=10 | --budget=FLOPS] [--dim=N]
+    python -m experiments.scaling_laws predict --csv=FILE --output=FILE [--approach=3] [--times=10 | --budget=FLOPS]
     python -m experiments.scaling_laws score --workdir=DIR [--run=RUN]...
     python -m experiments.scaling_laws report --workdir=DIR [--approach=3] [--against=OTHER] [--output=DIRECTORY]
 
@@ -32,6 +33,7 @@ from research.scaling.analysis import analyse
 from research.scaling.ladder import TOKENS_PER_PARAM
 from research.scaling.points import parse_columns, read_csv
 from research.scaling.prediction import seal
+from research.scaling.uncertainty import MOST
 from research.schema import PREDICTION_FILE
 
 command_line.define_json_flag()
@@ -198,12 +200,14 @@ def predict() -> dict:
     path = FLAGS.output or os.path.join(_workdir(), PREDICTION_FILE)
     if os.path.exists(path):
         raise InputError("--output", f"{path} is a prediction already", "name another file: what was predicted stays")
-    found = _planned("seed")  # here, it's the bootstrap's
-    if found is None:
-        raise InputError("--workdir", f"{FLAGS.workdir} has no {ladder.PLAN_FILE}", "name a ladder's directory")
+    found = _planned("seed") if FLAGS.workdir or not FLAGS.csv else None  # here, it's the bootstrap's
+    if found is None and not FLAGS.csv:
+        raise InputError("--workdir", f"{FLAGS.workdir} has no {ladder.PLAN_FILE}", "name a ladder's directory, or a --csv")
+    if found is None and FLAGS.dim:
+        raise InputError("--dim", "says nothing without a ladder's plan", "leave it out: the law's best size is predicted")
     columns = parse_columns(FLAGS.columns)
     n_used = columns["params"] if columns else "params"
-    if n_used not in ("params", "non_embedding"):
+    if found and n_used not in ("params", "non_embedding"):
         raise InputError("--columns", f"the target's {n_used!r} isn't known", "params=params or params=non_embedding")
     points, excluded, lost = ladder.ladder_points(_csv(), columns, FLAGS.exclude)
     flops = FLAGS.times * float(points.flops_P.max()) if FLAGS.budget is None else FLAGS.budget
@@ -211,6 +215,7 @@ def predict() -> dict:
         raise InputError("--budget", f"{flops:g} FLOPs can't be spent", "give more than 0")
     answer = ladder.predict(points, found, FLAGS.approach, flops, FLAGS.dim, n_used, FLAGS.bootstrap, FLAGS.seed)
     answer = seal(answer | {"diverged": lost, "excluded_by": excluded})
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w") as file:
         json.dump(answer, file, indent=1)
     return answer | {"file": path}
@@ -220,12 +225,13 @@ def show_prediction(answer: dict) -> None:
     target, tests = answer["target"], answer["backtests"]
     print(f"{answer['value']:.4f} nats/token, 95% from {answer['low']:.4f} to {answer['high']:.4f}: {answer['law']}, N is "
           f"{answer['n_used']}, {len(answer['runs'])} runs")
-    print(f"of a run of {target['params']:,} parameters on {target['tokens']:,} tokens, {target['flops']:.3g} FLOPs, "
-          f"{target['times']:.1f} times the ladder's largest")
-    if answer["drift"]:
-        said = answer["of_law"]
+    print(f"of a run of {target['params']:,.0f} parameters on {target['tokens']:,.0f} tokens, {target['flops']:.3g} FLOPs, "
+          f"{target['times']:.1f} times the largest")
+    if answer["drift"]["value"]:
+        said, drift = answer["of_law"], answer["drift"]
+        band = f"{drift['low']:+.2%} to {drift['high']:+.2%}" if drift["high"] < MOST else "too few budgets for an interval"
         print(f"the law alone says {said['value']:.4f} ({said['low']:.4f} to {said['high']:.4f}); in its backtests runs ended "
-              f"{answer['drift']:+.2%} from it for each factor e of compute, which is carried on: "
+              f"{drift['value']:+.2%} ({band}) from it for each factor e of compute, which is carried on: "
               f"{answer['value'] / said['value'] - 1:+.2%}")
     best = answer["optimum"]
     command_line.print_table([("best at this budget", "value", "low", "high")] + [
@@ -241,6 +247,9 @@ def show_prediction(answer: dict) -> None:
         print(f"left out: {found['run']}, {found['reason']}")
     for note in answer["notes"]:
         print(f"note: {note}")
+    if target["preset"] is None:
+        print(f"\n{answer['file']}; of no config, so no run can register it: compare its loss by hand")
+        return
     sets = " ".join(f"--set '{key}={value}'" for key, value in target["overrides"].items())
     print(f"\n{answer['file']}; register it and see, once or with several seeds:\n"
           f"  python -m experiments.train --config={target['preset']} --workdir={FLAGS.workdir}/target-seed0 "
@@ -248,10 +257,11 @@ def show_prediction(answer: dict) -> None:
 
 
 def score() -> dict:
-    """What became of the predictions of finished runs."""
+    """What became of the predictions of finished and diverged runs."""
     rows = ladder.scores(_runs())
     if not rows:
-        raise InputError("--run", "no finished run with a registered prediction", "train with --prediction=FILE, to the end")
+        raise InputError("--run", "no finished or diverged run with a registered prediction",
+                         "train with --prediction=FILE, to the end")
     return ladder.score_summary(rows)
 
 
@@ -259,12 +269,14 @@ def show_score(answer: dict) -> None:
     rows = [("run", "seed", "predicted", "95%", "observed", "error", "")]
     for row in answer["scores"]:
         band, seen = row["predicted"], row["observed"] is not None
+        nothing = "diverged" if row["diverged"] else "not finite"
         rows.append((row["run"], str(row["seed"]), f"{band['value']:.4f}", f"{band['low']:.4f} to {band['high']:.4f}",
-                     f"{row['observed']:.4f} +- {row['observed_se']:.4f}" if seen else "not finite",
+                     f"{row['observed']:.4f} +- {row['observed_se']:.4f}" if seen else nothing,
                      f"{row['error']:+.4f} ({row['relative_error']:+.2%})" if seen else "-",
                      "covered" if row["covered"] else "NOT covered"))
     command_line.print_table(rows)
-    print(f"{answer['covered']} of {answer['runs']} inside the interval")
+    print(f"{answer['covered']} of {answer['runs']} inside the interval"
+          + (f"; diverged, which is a miss: {', '.join(answer['diverged'])}" if answer["diverged"] else ""))
     for mean in answer["mean_relative_errors"]:
         found = mean["relative_error"]
         print(f"mean error of {mean['runs']} runs of prediction {mean['sha256'][:12]}: {found['value']:+.2%}, 95% from "
@@ -275,6 +287,9 @@ def report() -> dict:
     """Tables, pictures and a verdict from what is there."""
     directory = FLAGS.output or os.path.join(_workdir(), "report")
     points, excluded, lost = ladder.ladder_points(_csv(), parse_columns(FLAGS.columns), FLAGS.exclude)
+    for needed in (_workdir(), directory):  # before the work, as this may be what fails
+        os.makedirs(needed, exist_ok=True)
+    scored, found = ladder.scores(_runs()), _planned("seed")
     answer = ladder_report.summarise(points, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed)
     if FLAGS.against:
         theirs = os.path.join(FLAGS.against, ladder.CSV_FILE)
@@ -282,13 +297,11 @@ def report() -> dict:
         answer["crossing"] = ladder_report.crossing(points, other, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed,
                                                     (_workdir(), FLAGS.against))
         answer["verdict"] += ladder_report.compared(answer["crossing"])
-    answer["scores"] = ladder.scores(_runs())
-    answer |= {"excluded_by": excluded, "diverged": lost, "left_out": answer["fits"][FLAGS.approach]["left_out"]}
-    found = _planned("seed")
+    answer |= {"scores": scored, "excluded_by": excluded, "diverged": lost}
+    answer |= {"left_out": answer["fits"][FLAGS.approach]["left_out"]}
     if found and (results := ladder.results_of(found)):
         answer["total"] = total_cost(results)
         answer["verdict"].append(cost_in_words(answer["total"]))
-    os.makedirs(directory, exist_ok=True)
     largest = max([10 * float(points.flops_P.max()), *(row["flops"] for row in answer["scores"])])
     ladder_report.draw(os.path.join(directory, "report.png"), points, FLAGS.approach, FLAGS.bootstrap, FLAGS.seed,
                        answer["backtests"], ladder_report.loss_curves(found["trunks"] + found["rungs"]) if found else {},

@@ -35,6 +35,8 @@ flags.DEFINE_float("peak_flops", None, "FLOP/s of a chip, instead of the table's
 flags.DEFINE_string("utilization", None, "Share of the peak, as 0.4 or 0.3,0.55; default: the latter around the former.")
 flags.DEFINE_float("price", None, "USD per chip-hour, instead of the list price.")
 flags.DEFINE_float("power_watts", None, "Of a chip, instead of the table's.")
+flags.DEFINE_float("hbm_bytes", None, "Memory of a chip, instead of the table's.")
+flags.DEFINE_float("hbm_bandwidth", None, "Bytes/s of a chip's memory, instead of the table's.")
 flags.DEFINE_float("pue", planner.PUE, "The data centre's energy over the machines'.")
 flags.DEFINE_float("grid_kg_per_kwh", planner.GRID_KG_PER_KWH, "CO2 of the electricity.")
 flags.DEFINE_integer("context", 4096, "Tokens a sequence when serving.", lower_bound=1, upper_bound=MOST)
@@ -46,7 +48,7 @@ flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
 POSITIVE = ("params", "tokens", "flops", "money", "chip_days", "tokens_per_param", "peak_flops", "price", "power_watts",
-            "api_price")
+            "hbm_bytes", "hbm_bandwidth", "api_price")
 BUDGETS = ("flops", "money", "chip_days")
 
 
@@ -100,7 +102,7 @@ def model() -> Model | None:
 def machine(chosen: Model | None) -> Machine:
     dtype = FLAGS.dtype or (chosen.config.model.compute_dtype if chosen and chosen.config else "bfloat16")
     return planner.machine(FLAGS.chip, FLAGS.chips, dtype, peak_flops=FLAGS.peak_flops, price=FLAGS.price,
-                           power_watts=FLAGS.power_watts)
+                           power_watts=FLAGS.power_watts, hbm_bytes=FLAGS.hbm_bytes, hbm_bandwidth=FLAGS.hbm_bandwidth)
 
 
 def show(value: Any) -> str:

@@ -8,15 +8,17 @@ import numpy as np
 
 from research.config import nearest
 from research.errors import InputError
+from research.scaling.divergence import without_diverged
 from research.scaling.extended import EXTENDED, inference_optimum, optimum_at
 from research.scaling.laws import LAWS, Fitted, Law, log_loss, optimal_log_loss, optimum
-from research.scaling.points import Points, budgets, rungs, without_diverged
-from research.scaling.uncertainty import MOST, interval, interval_or_none, leave_largest_out, outliers, predictive
+from research.scaling.points import Points, budgets, rungs
+from research.scaling.uncertainty import MOST, interval, interval_or_none, leave_largest_out, outliers, predictive, spread
 
 APPROACHES = LAWS | EXTENDED
 HELD_OUT_RESAMPLES = 200
 PERPLEXITY = 12.0  # nats: a uniform guess over 160,000 tokens. Of runs worth a fit, no tenth ends above that
 USUAL_FLOPS = 1.0, 100.0  # of C/(ND), which is 6 without attention and 8 where activations are computed twice
+FEW = 1e3  # parameters or tokens that no run has
 USUAL_RATIO = 1e-3, 1e6  # of tokens a parameter
 AT = {"total_params": "expansion"}  # a regressor -> what a budget is asked at, where that isn't itself
 
@@ -58,7 +60,7 @@ def analyse(points: Points, approach: str, *, bootstrap: int = 1000, seed: int =
     }
     if fitted.minima is not None:
         answer["budgets"] = _minima(fitted.minima)
-    answer["notes"] += _units(points) + _undecided(fitted, points, answer["residual_rms"])
+    answer["notes"] += _units(points) + _undecided(fitted, points)
     answer["leave_largest_out"], problem = _held_out(law, points, seed)
     answer["notes"] += [problem] if problem else []
     if budget is not None:
@@ -80,22 +82,30 @@ def _units(points: Points) -> list[str]:
         notes.append(f"a tenth of the losses are above {high:.3g}: perplexities? These laws are of log-losses")
     if not USUAL_FLOPS[0] < k < USUAL_FLOPS[1]:
         notes.append(f"FLOPs are {k:.3g} times parameters times tokens, 6 as a rule: are they in units of their own?")
+    for what, values_P in (("parameters", points.params_P), ("tokens", points.tokens_P)):
+        middle = float(np.median(values_P))
+        if middle < FEW:
+            unit = "billions" if middle < 10 else "millions or billions"
+            notes.append(f"there are {middle:.3g} {what} (median): probably {unit}? Then all that has {what} in it is in that "
+                         "unit, too, and FLOPs by 6ND aren't FLOPs")
     ratio = float(np.median(points.tokens_P / points.params_P))
     if not USUAL_RATIO[0] < ratio < USUAL_RATIO[1]:
         notes.append(f"there are {ratio:.3g} tokens a parameter (median): are they in other units, or parameters and FLOPs?")
     return notes
 
 
-def _undecided(fitted: Fitted, points: Points, residual_rms: float) -> list[str]:
-    """Of approach 3 and its extensions: which term changes so little among the runs that its parameters mean nothing."""
-    notes = []
+def _undecided(fitted: Fitted, points: Points) -> list[str]:
+    """Of approach 3 and its extensions: which term changes so little among the runs that its parameters mean nothing, against
+    what most runs are off the law (an outlier says nothing of that)."""
+    notes, count = [], len(fitted.residual_P)
+    off = spread(fitted.residual_P) * math.sqrt(count / max(count - fitted.estimated, 1))
     terms = (("A", "alpha", points.params_P, "parameters"), ("B", "beta", points.tokens_P, "tokens"))
     for scale, exponent, values_P, what in terms:
         if exponent in fitted.parameters:
             term_P = fitted.parameters[scale][0] * values_P ** -fitted.parameters[exponent][0]
             share = float(np.ptp(term_P) / points.loss_P.mean())
-            if share < max(3 * residual_rms, 1e-3):
-                notes.append(f"over all {what} the law changes by {share:.2g} of the loss; runs are {residual_rms:.2g} off it: "
+            if share < max(3 * off, 1e-3):
+                notes.append(f"over all {what} the law changes by {share:.2g} of the loss; runs are {off:.2g} off it: "
                              f"{scale}, {exponent} and the optimum aren't decided, whatever their intervals say")
     return notes
 

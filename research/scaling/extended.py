@@ -26,6 +26,7 @@ from research.scaling.points import Points, rungs
 from research.scaling.uncertainty import resamples
 
 ENDLESS = 60.0  # log R*: nothing decays
+NO_DECAY = 100.0  # R* over the most that any run has: half a percent lost at most, no run can tell it from none
 
 
 def _terms(theta_K: jax.Array, n_P: jax.Array, d_P: jax.Array) -> tuple[jax.Array, ...]:
@@ -115,20 +116,30 @@ def _check(form: _Form, points: Points) -> None:
         raise InputError("points", f"fewer than {need} different {what}", f"this law needs at least {need}")
 
 
-def _fit(form: _Form, points: Points, count: int, seed: int) -> Parameters:
-    _check(form, points)
-    logs = {"params": np.log(points.params_P), "tokens": np.log(points.tokens_P),
-            form.regressor: np.log(points.extra[form.regressor])}
-    middle = {name: float(x_P.mean()) for name, x_P in logs.items()} | {"": 0.0}
-    y_P = np.log(points.loss_P)
-    shift = y_P.mean()
-    x_FxP = np.stack([logs["params"] - middle["params"], logs["tokens"] - middle["tokens"],
-                      logs[form.regressor] - middle[form.centre]])
+def _centres(form: _Form, points: Points) -> dict[str, float]:
+    """What is subtracted from the logarithms of params, tokens and the regressor."""
+    columns = {"params": points.params_P, "tokens": points.tokens_P, form.regressor: points.extra[form.regressor]}
+    return {name: float(np.log(values_P).mean()) for name, values_P in columns.items()} | {"": 0.0}
+
+
+def problem(form: _Form, points: Points) -> tuple[fitter.Curve, np.ndarray, np.ndarray]:
+    """(curve, x_FxP, start_SxK), as `laws.parametric_problem`."""
+    middle = _centres(form, points)
+    x_FxP = np.stack([np.log(points.params_P) - middle["params"], np.log(points.tokens_P) - middle["tokens"],
+                      np.log(points.extra[form.regressor]) - middle[form.centre]])
     slopes = np.log([0.2, 0.4, 0.8])
     starts = [(math.log(e), math.log((1 - e) * s), math.log((1 - e) * (1 - s)), alpha, beta, *more) for e, s, alpha, beta, more
               in itertools.product((0.4, 0.7), (0.2, 0.5, 0.8), slopes, slopes, form.starts)]
+    return form.curve, x_FxP, np.array(starts)
+
+
+def _fit(form: _Form, points: Points, count: int, seed: int) -> Parameters:
+    _check(form, points)
+    curve, x_FxP, start_SxK = problem(form, points)
+    middle, y_P = _centres(form, points), np.log(points.loss_P)
+    shift = y_P.mean()
     weight_TxP = np.concatenate([np.ones((1, len(points))), resamples(len(points), count, seed, rungs(points))])
-    theta = fitter.fit(form.curve, x_FxP, np.broadcast_to(y_P - shift, weight_TxP.shape), weight_TxP, np.array(starts))
+    theta = fitter.fit(curve, x_FxP, np.broadcast_to(y_P - shift, weight_TxP.shape), weight_TxP, start_SxK)
     alpha, beta = np.exp(theta[:, 3]), np.exp(theta[:, 4])
     log_a, log_b = theta[:, 1] + shift + alpha * middle["params"], theta[:, 2] + shift + beta * middle["tokens"]
     found = {"E": np.exp(theta[:, 0] + shift), "A": np.exp(log_a), "B": np.exp(log_b), "alpha": alpha, "beta": beta}
@@ -150,19 +161,28 @@ def _log_loss(form: _Form) -> Callable[..., np.ndarray]:
     return log_loss
 
 
+def _undecided(found: Parameters, points: Points) -> tuple[str, ...]:
+    """What the runs don't say of repetition."""
+    p = {key: float(values_T[0]) for key, values_T in found.items()}
+    unique_P = np.minimum(points.extra["unique_tokens"], points.tokens_P)
+    best_P = (p["alpha"] * p["A"] / p["beta"] / p["B"] * unique_P ** p["beta"]) ** (1 / p["alpha"])
+    excess, notes = int((points.params_P > 1.5 * best_P).sum()), []
+    if excess < 3:
+        notes.append(f"no R_N: {excess} runs have more than 1.5 times the best parameters for their unique tokens; N' = N")
+    elif p["R_N"] > NO_DECAY * (points.params_P / best_P).max():
+        notes.append(f"no R_N: undecided, as nothing is lost by parameters beyond the best ({excess} runs); N' = N")
+    if p["R_D"] > NO_DECAY * (points.tokens_P / unique_P).max():
+        notes.append("R_D is undecided, whatever its figure says: nothing is lost by repeating")
+    return tuple(notes)
+
+
 def _fit_law(name: str) -> Callable[[Points, int, int], Fitted]:
     form, log_loss = FORMS[name], _log_loss(FORMS[name])
 
     def fit(points: Points, count: int, seed: int) -> Fitted:
-        found, notes, estimated = _fit(form, points, count, seed), (), 5 + len(form.more)
-        if name == "repeated":
-            p = {key: float(values_T[0]) for key, values_T in found.items()}
-            unique_P = np.minimum(points.extra["unique_tokens"], points.tokens_P)
-            best_P = (p["alpha"] * p["A"] / p["beta"] / p["B"] * unique_P ** p["beta"]) ** (1 / p["alpha"])
-            excess = int((points.params_P > 1.5 * best_P).sum())
-            if excess < 3:
-                found, estimated = _fit(DATA_ONLY, points, count, seed), 6
-                notes = (f"no R_N: {excess} runs have more than 1.5 times the best parameters for their unique tokens; N' = N",)
+        notes = _undecided(_fit(form, points, 0, seed), points) if name == "repeated" else ()
+        fitted = DATA_ONLY if any(note.startswith("no R_N") for note in notes) else form
+        found, estimated = _fit(fitted, points, count, seed), 5 + len(fitted.more)
         told = log_loss(found, points.params_P, points.tokens_P, points.flops_P, points.extra[form.regressor])
         return Fitted(found, np.log(points.loss_P) - told[0], points.names, estimated, notes)
     return fit

@@ -7,6 +7,7 @@ Holland and Welsch 1977), which never raise the objective.
 """
 
 import functools
+import math
 from typing import Callable
 
 import jax
@@ -75,7 +76,8 @@ def fit(curve: Curve, x_FxP: np.ndarray, y_TxP: np.ndarray, weight_TxP: np.ndarr
         steps: int = 400) -> np.ndarray:
     """Parameters that minimise the sum of weight * Huber(curve - y), for all the data (row 0) and each resample (the others).
 
-    All starts see the full data; the `best` different optima are then the starts of every resample.
+    All starts see the full data; the `best` different optima, of those at most twice as bad as the first, are then the starts
+    of every resample.
 
     Args:
       curve: hashable; its parameters should be logarithms, or of that size.
@@ -93,7 +95,8 @@ def fit(curve: Curve, x_FxP: np.ndarray, y_TxP: np.ndarray, weight_TxP: np.ndarr
         theta_SxK, value_S = _minimise(curve, x_FxP, full[0], start_SxK, full[1], steps)
         chosen: list[int] = []
         for s in np.argsort(value_S):
-            if len(chosen) < best and all(np.abs(theta_SxK[s] - theta_SxK[c]).max() > 1e-2 for c in chosen):
+            near = value_S[s] <= 2 * value_S.min()  # no resample of the same runs makes up for more
+            if near and len(chosen) < best and all(np.abs(theta_SxK[s] - theta_SxK[c]).max() > 1e-2 for c in chosen):
                 chosen.append(s)
         if rows == 1:
             return theta_SxK[chosen[:1]]
@@ -103,3 +106,51 @@ def fit(curve: Curve, x_FxP: np.ndarray, y_TxP: np.ndarray, weight_TxP: np.ndarr
         theta, value = _minimise(curve, x_FxP, again[0], start, again[1], steps)
     pick_R = value.reshape(rows - 1, count).argmin(1)
     return np.concatenate([theta_SxK[chosen[:1]], theta.reshape(rows - 1, count, -1)[np.arange(rows - 1), pick_R]])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _curves(curve: Curve, theta_SxK: jax.Array, x_FxP: jax.Array) -> jax.Array:
+    return jax.vmap(curve, (0, None))(theta_SxK, x_FxP)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tangent(curve: Curve, theta_K: jax.Array, x_FxP: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return curve(theta_K, x_FxP), jax.jacfwd(curve)(theta_K, x_FxP)
+
+
+def tangent(curve: Curve, theta_K: np.ndarray, x_FxP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the curve_P, its derivatives by the parameters_PxK)."""
+    with jax.enable_x64(True):
+        return jax.device_get(_tangent(curve, theta_K, x_FxP))
+
+
+def refit(curve: Curve, x_FxP: np.ndarray, y_P: np.ndarray, theta_K: np.ndarray, start_SxK: np.ndarray, used_P: np.ndarray
+          ) -> np.ndarray:
+    """The best optimum for the points where a mask is true, theta_K, from an old one and as many starts as make a batch."""
+    start_SxK = np.concatenate([theta_K[None], start_SxK[::math.ceil(len(start_SxK) / (_BATCH - 1))]])
+    y_SxP, weight_SxP = (np.broadcast_to(a_P, (len(start_SxK), len(y_P))) for a_P in (y_P, used_P.astype(np.float64)))
+    with jax.enable_x64(True):
+        theta_SxK, value_S = _minimise(curve, x_FxP, y_SxP, start_SxK, weight_SxP, 400)
+    return theta_SxK[value_S.argmin()]
+
+
+def trimmed(curve: Curve, x_FxP: np.ndarray, y_P: np.ndarray, start_SxK: np.ndarray, keep: int, seed: int = 0,
+            best: int = 32) -> np.ndarray:
+    """Parameters with the least sum of the `keep` smallest Huber losses, theta_K: what the other points are doesn't matter.
+
+    At an end of a curve one point alone can bend it, and a Huber loss lets it. Least trimmed squares' way (Rousseeuw and
+    Van Driessen 2006): fits to random halves of the points, many of which have no bad point at such an end; the `best` then
+    choose the points that they pass nearest to and are fitted to these, again and again.
+    """
+    (rows, _), count = start_SxK.shape, len(y_P)
+    half = np.random.default_rng(seed).random((rows, count)).argsort(1) < min(keep, max(count // 2, start_SxK.shape[1] + 2))
+    theta_SxK, weight_SxP = start_SxK, half.astype(np.float64)
+    with jax.enable_x64(True):
+        for _ in range(5):
+            y_SxP = np.broadcast_to(y_P, weight_SxP.shape)
+            theta_SxK, _ = _minimise(curve, x_FxP, y_SxP, theta_SxK, weight_SxP, 400)
+            loss_SxP = np.nan_to_num(huber(_curves(curve, theta_SxK, x_FxP) - y_P), nan=np.inf)
+            order_S = np.sort(loss_SxP, 1)[:, :keep].sum(1).argsort()[:best]
+            theta_SxK = theta_SxK[order_S]
+            weight_SxP = (loss_SxP[order_S].argsort(1).argsort(1) < keep).astype(np.float64)
+    return theta_SxK[0]

@@ -11,11 +11,12 @@ import math
 from typing import Any, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from research.errors import InputError
 from research.scaling.laws import LAWS
 from research.scaling.points import Points, budgets
-from research.scaling.uncertainty import interval, predictive
+from research.scaling.uncertainty import MOST, interval, predictive
 
 COLUMNS = ("params", "non_embedding", "tokens", "flops", "loss", "loss_se", "seed", "run", "diverged")
 DECAY = 0.2  # of a rung's steps
@@ -133,6 +134,18 @@ def drift(tests: Sequence[Mapping[str, Any]]) -> float:
                                      math.log(row["law"]["high"] / row["law"]["low"])) for row in tests]).T
     weights = 1 / np.maximum(widths, 1e-4) ** 2
     return float((weights * far) @ errors / ((weights * far) @ far))
+
+
+def drift_figure(tests: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`drift` with its 95% interval: Student's, with the jackknife's standard error over the budgets that were predicted (runs
+    of one budget err alike). Fewer than 3 of them decide none: it is then from -MOST to MOST."""
+    value, predicted = drift(tests), sorted({row["budget"] for row in tests})
+    count = len(predicted)
+    if count < 3:
+        return {"value": value, "low": -MOST, "high": MOST}
+    without = np.array([drift([row for row in tests if row["budget"] != budget]) for budget in predicted])
+    side = float(stats.t.ppf(0.975, count - 1) * np.sqrt((count - 1) * np.mean((without - without.mean()) ** 2)))
+    return {"value": value, "low": value - side, "high": value + side}
 
 
 def backtests(points: Points, approach: str, bootstrap: int, seed: int = 0) -> list[dict]:

@@ -112,18 +112,24 @@ def _parametric_loss(p: Parameters, params_P: np.ndarray, tokens_P: np.ndarray, 
     return np.log(column["E"] + terms)
 
 
-def fit_parametric(points: Points, count: int, seed: int) -> Fitted:
-    """Approach 3: L = E + A/N^alpha + B/D^beta. 500 starts on centred logarithms, so the units of N, D and L don't matter."""
-    require_enough(points, 5)
+def parametric_problem(points: Points) -> tuple[fitter.Curve, np.ndarray, np.ndarray]:
+    """(curve, x_FxP, start_SxK) of approach 3: 500 starts on centred logarithms, so the units of N, D and L don't matter. The
+    curve is of log loss less its mean."""
     x_FxP = np.log(np.stack([points.params_P, points.tokens_P]))
-    y_P, middle_F = np.log(points.loss_P), x_FxP.mean(1)
-    shift = y_P.mean()
     slopes = np.log([0.1, 0.25, 0.5, 0.8, 1.2])
     starts = [(math.log(e), math.log((1 - e) * s), math.log((1 - e) * (1 - s)), alpha, beta) for e, s, alpha, beta in
               itertools.product((0.2, 0.5, 0.7, 0.9), (0.1, 0.3, 0.5, 0.7, 0.9), slopes, slopes)]
+    return _parametric_curve, x_FxP - x_FxP.mean(1, keepdims=True), np.array(starts)
+
+
+def fit_parametric(points: Points, count: int, seed: int) -> Fitted:
+    """Approach 3: L = E + A/N^alpha + B/D^beta."""
+    require_enough(points, 5)
+    curve, x_FxP, start_SxK = parametric_problem(points)
+    y_P, middle_F = np.log(points.loss_P), np.log(np.stack([points.params_P, points.tokens_P])).mean(1)
+    shift = y_P.mean()
     weight_TxP = np.concatenate([np.ones((1, len(points))), resamples(len(points), count, seed, rungs(points))])
-    y_TxP = np.broadcast_to(y_P - shift, weight_TxP.shape)
-    theta = fitter.fit(_parametric_curve, x_FxP - middle_F[:, None], y_TxP, weight_TxP, np.array(starts))
+    theta = fitter.fit(curve, x_FxP, np.broadcast_to(y_P - shift, weight_TxP.shape), weight_TxP, start_SxK)
     alpha, beta = np.exp(theta[:, 3]), np.exp(theta[:, 4])
     log_a, log_b = theta[:, 1] + shift + alpha * middle_F[0], theta[:, 2] + shift + beta * middle_F[1]
     found = {"E": np.exp(theta[:, 0] + shift), "A": np.exp(log_a), "B": np.exp(log_b), "alpha": alpha, "beta": beta}

@@ -91,21 +91,22 @@ class _Point(NamedTuple):
 
 
 def machine(chip: str | None, chips: int | None, dtype: str, *, peak_flops: float | None = None, price: float | None = None,
-            power_watts: float | None = None) -> Machine:
+            power_watts: float | None = None, hbm_bytes: float | None = None, hbm_bandwidth: float | None = None) -> Machine:
     """A machine by a chip's name or a slice's ("v5p:4x4x4", which counts its chips); what is given beside it replaces the
     table's figure.
 
     Raises:
       InputError: an unknown chip; a slice and another number of chips; no peak for `dtype`.
     """
-    given = {"peak_flops": peak_flops, "price": price, "power_watts": power_watts}
+    given = {"peak_flops": peak_flops, "price": price, "power_watts": power_watts, "hbm_bytes": hbm_bytes,
+             "hbm_bandwidth": hbm_bandwidth}
     sources = {name: f"--{name}" for name, value in given.items() if value}
     unknown = "isn't published" if chip else "no --chip"
     if chip is None:
         power = UNKNOWN_POWER if power_watts is None else Range.point(power_watts)
         sources = {"peak_flops": unknown, "price": f"{unknown}, no --price",
                    "power_watts": f"{unknown}: the range of the chips in research/hardware.py"} | sources
-        return Machine(None, chips or 1, peak_flops, price, power, None, None, sources)
+        return Machine(None, chips or 1, peak_flops, price, power, hbm_bytes, hbm_bandwidth, sources)
     topology = parse_topology(chip, "--chip")
     row, named = topology.chip, topology.chips > 1 or ":" in chip
     if named and chips is not None and chips != topology.chips:
@@ -119,7 +120,7 @@ def machine(chip: str | None, chips: int | None, dtype: str, *, peak_flops: floa
     power = power_watts or row.power_watts
     return Machine(row.name, topology.chips if named else chips or 1, peak_flops or row.peak(dtype),
                    row.price_per_hour if price is None else price, Range.point(power) if power else UNKNOWN_POWER,
-                   row.hbm_bytes, row.hbm_bandwidth, sources)
+                   hbm_bytes or row.hbm_bytes, hbm_bandwidth or row.hbm_bandwidth, sources)
 
 
 def model_of_number(params: float) -> Model:
@@ -190,6 +191,8 @@ def _solve(question: Question, utilization: float) -> tuple[Model, float, float]
     """(model, tokens, flops)."""
     model, tokens = question.model, question.tokens
     flops = _budget_flops(question.budget, question.machine, utilization) if question.budget else None
+    if _all_given(question):  # they agree (`_check_agreement`); what isn't known of the budget is its time, and so its cost
+        return model, tokens, tokens * model.flops_per_token
     given = [name for name, value in (("budget", flops), ("model", model), ("tokens", tokens)) if value is not None]
     ratio = question.tokens_per_param or TOKENS_PER_PARAM
     if not given:
@@ -207,9 +210,13 @@ def _solve(question: Question, utilization: float) -> tuple[Model, float, float]
     return model, tokens, needed if flops is None else flops
 
 
+def _all_given(question: Question) -> bool:
+    return question.budget is not None and question.model is not None and question.tokens is not None
+
+
 def _check_agreement(question: Question) -> None:
     """Budget, model and tokens, all three: refused unless they say the same."""
-    if question.budget is None or question.model is None or question.tokens is None:
+    if not _all_given(question):
         return
     budget = _budget_flops(question.budget, question.machine, question.utilization.value)
     needed = question.tokens * question.model.flops_per_token
@@ -265,9 +272,10 @@ def _sources(question: Question) -> dict[str, str]:
                 "pue": (question.pue, PUE, "a large data centre"),
                 "grid_kg_per_kwh": (question.grid_kg_per_kwh, GRID_KG_PER_KWH, "the mean of the United States")}
     config = model.config if model else None
+    lacking = [f"--{name}" for name in ("peak_flops", "hbm_bytes", "hbm_bandwidth") if getattr(on, name) is None]
     return {
         "params": known or size, "tokens": "given" if question.tokens else tokens, "flops_per_token": per_token,
-        "flops": spent[budget.kind] if budget else "flops_per_token x tokens",
+        "flops": spent[budget.kind] if budget and not _all_given(question) else "flops_per_token x tokens",
         **on.sources, **{name: f"a default, {words}; --{name}" if value == default else f"--{name}"
                          for name, (value, default, words) in defaults.items()},
         "chip_hours": "flops / (peak_flops x utilization)", "days": "chip_hours / chips / 24", "cost": "chip_hours x price",
@@ -280,7 +288,8 @@ def _sources(question: Question) -> dict[str, str]:
             "float32 weights, gradients and AdamW; without activations, which need a --config") +
             "; per_chip: split evenly over the chips; serve: params x bits / 8" + (
             f"; cache: {config.model.compute_dtype}" if config else "; without the cache, which needs a --config"),
-        "serving": f"a decode step of {question.serving.batch} sequences at context {question.serving.context}, "
+        "serving": (f"not known without a --chip that has them, or {', '.join(lacking)}; " if lacking else "") +
+                   f"a decode step of {question.serving.batch} sequences at context {question.serving.context}, "
                    f"{question.serving.bits} bits: the slower of reading weights and cache (bandwidth x "
                    f"{question.bandwidth_share.low:g} to {question.bandwidth_share.high:g}) and computing (at utilization)" + (
                        "" if config else "; the cache isn't in it, as it needs a --config: serving costs more than this")}

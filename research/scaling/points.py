@@ -10,6 +10,7 @@ import re
 from typing import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from research.errors import InputError
 from research.scaling.table import Row, check_commas, read_table, to_number
@@ -21,6 +22,7 @@ LADDERS_OWN = ("run", "diverged")  # columns of a ladder's CSV (research/scaling
 DIVERGED = "diverged, as its file says"
 FLOPS_PER_WEIGHT_TOKEN = 6.0  # C = 6ND: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1)
 MOST_RUNS = 20_000
+FEWEST = 8  # runs that say whether a column rises
 _COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne}
 
 
@@ -80,29 +82,27 @@ def make(params: Sequence[float], loss: Sequence[float], tokens: Sequence[float]
                   {name: arrays[name] for name in EXTRA if name in arrays})
 
 
-def without_diverged(points: Points, above: float = 0.1) -> Points:
-    """The runs that didn't diverge; the others join `left_out`.
+def check_falls(points: Points) -> None:
+    """Raises InputError where what should be a loss clearly rises with compute, with parameters and with tokens: an accuracy.
 
-    Needs no law: a run diverged if two others or more, each with no more parameters and no more tokens, ended with less than
-    1 / (1 + above) of its loss. Nor may they have more of the further columns (EXTRA): fewer bits, a smaller state or less
-    data to repeat are worse by themselves.
-
-    Raises:
-      InputError: most runs are so: what was named isn't a loss.
+    By ranks (Spearman), so neither a diverged run nor the scale matters; with parameters at the same tokens, and the reverse.
+    Runs that repeat their data don't count: they may overfit.
     """
-    better_PxP = points.loss_P[None, :] * (1 + above) < points.loss_P[:, None]
-    for a_P in (points.params_P, points.tokens_P, *points.extra.values()):
-        better_PxP &= a_P[None, :] <= a_P[:, None] * (1 + 1e-6)
-    bad_P = better_PxP.sum(1) > 1
-    if 2 * bad_P.sum() > len(points):
-        raise InputError("loss", f"{bad_P.sum()} of {len(points)} runs end {above:.0%} above others of no more parameters and "
-                         "tokens", "name a column that falls as runs grow: a loss, not an accuracy")
-    reasons = []
-    for i in np.flatnonzero(bad_P):
-        best = np.flatnonzero(better_PxP[i])[points.loss_P[better_PxP[i]].argmin()]
-        reasons.append((points.names[i], f"diverged: its loss is {points.loss_P[i]:.4g}; {better_PxP[i].sum()} runs of no more "
-                        f"parameters and tokens end lower, {points.names[best]} at {points.loss_P[best]:.4g}"))
-    return dataclasses.replace(points.take(~bad_P), left_out=points.left_out + tuple(reasons))
+    once = np.ones(len(points), bool)
+    if "unique_tokens" in points.extra:
+        once = points.tokens_P <= 1.5 * points.extra["unique_tokens"]
+    runs = int(once.sum())
+    if runs < FEWEST or np.ptp(points.loss_P[once]) == 0:
+        return
+    ranks_P = stats.rankdata(points.loss_P[once])
+    logs_PxF = np.log(np.stack([points.flops_P, points.params_P, points.tokens_P], 1))[once]
+    logs_PxF = (logs_PxF - logs_PxF.mean(0)) / np.maximum(logs_PxF.std(0), 1e-9)
+    rise = float(np.corrcoef(stats.rankdata(np.round(logs_PxF[:, 0], 6)), ranks_P)[0, 1])  # NaN where all have the same FLOPs
+    each_F = np.linalg.lstsq(logs_PxF[:, 1:], ranks_P - ranks_P.mean())[0]
+    clearly = min(0.9, max(0.5, 3 / math.sqrt(runs - 1)))  # 3 standard deviations of chance
+    if rise > clearly and (each_F > 0).all():
+        raise InputError("loss", f"it rises with compute (rank correlation {rise:.2f} over {runs} runs), parameters and tokens",
+                         "name a column that falls as runs grow: a loss, not an accuracy")
 
 
 def rungs(points: Points) -> np.ndarray:

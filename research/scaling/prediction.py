@@ -2,7 +2,7 @@
 
 A file is JSON: value, low, high (nats per token of the first evaluation set), law, fit, runs (what the law was fitted to),
 target (params, tokens, flops, config_sha256, ...), created (Unix seconds) and sha256 over all of that. The copy in a run's
-directory has `registered_at`, too, which the seal doesn't cover.
+directory has `registered_at`, too, which the seal doesn't cover. A target of runs that no ladder made has config_sha256 null.
 """
 
 import hashlib
@@ -68,7 +68,10 @@ def read_prediction(path: str, field: str = "--prediction") -> Prediction:
 
 
 def check_target(prediction: Prediction, config: Config, field: str = "--prediction") -> None:
-    """Raises InputError where the prediction is of another config."""
+    """Raises InputError where the prediction is of another config, or of none."""
+    if prediction["target"]["config_sha256"] is None:
+        raise InputError(field, "is of no config, as it was made from a CSV file alone: nothing says that it is of this run",
+                         "predict from a ladder (--workdir with a plan.json), or compare the losses by hand")
     if prediction["target"]["config_sha256"] != config_sha256(config):
         target = prediction["target"]
         raise InputError(field, f"is of another config: {target['params']:,} parameters, {target['tokens']:,} tokens, "

@@ -32,6 +32,7 @@ def read_table(path: str) -> tuple[list[str], list[Row]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             text = file.read()
+        text = re.sub(r"\Asep=.\r?\n", "\n", text, flags=re.IGNORECASE)  # Excel's own first line
         delimiter = max(_DELIMITERS, key=lambda found: _fit(itertools.islice(_rows(text, found), 200)))
         head, rows = _split(list(_rows(text, delimiter)))
     except UnicodeDecodeError as error:

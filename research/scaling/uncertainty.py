@@ -59,11 +59,14 @@ def predictive(log_loss_S: np.ndarray, residual_P: np.ndarray, parameters: int, 
     return np.exp(log_loss_S + noise_S)
 
 
+def spread(residual_P: np.ndarray) -> float:
+    """A standard deviation that a few outliers don't change."""
+    return 1.4826 * float(np.median(np.abs(residual_P - np.median(residual_P))))
+
+
 def outliers(residual_P: np.ndarray, names: tuple[str, ...], limit: float = 5.0) -> list[dict]:
     """Runs more than `limit` robust standard deviations (1.4826 MAD) from the median residual. They stay in the fit."""
-    centre = np.median(residual_P)
-    spread = 1.4826 * np.median(np.abs(residual_P - centre))
-    z_P = (residual_P - centre) / max(spread, 1e-9)
+    z_P = (residual_P - np.median(residual_P)) / max(spread(residual_P), 1e-9)
     return [{"run": names[i], "residual": float(residual_P[i]), "z": float(z_P[i])}
             for i in np.argsort(-np.abs(z_P)) if abs(z_P[i]) > limit]
 

@@ -17,6 +17,7 @@ from research.config import override
 from research.errors import InputError
 from research.scaling.prediction import config_sha256, read_prediction, seal
 from research.schema import EXIT_BAD_INPUT, RESULT_FILE
+from research.training.workdir import write_config
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 DIMS, BUDGETS = (16, 32, 48, 64), (2e10, 6e10, 1.8e11, 5.4e11, 1.6e12)
@@ -171,8 +172,9 @@ def test_ladders_without_common_budgets_are_not_compared(predicted):
 def test_seeds_of_one_prediction_are_averaged_with_an_interval():
     rows = [{"sha256": "a", "relative_error": error, "covered": True} for error in (0.01, 0.02, 0.03)]
     rows += [{"sha256": name, "relative_error": error, "covered": False} for name, error in (("b", 0.5), ("a", None))]
+    rows = [row | {"run": f"seed{i}", "diverged": row["relative_error"] is None} for i, row in enumerate(rows)]
     found = ladder.score_summary(rows)
-    assert (found["covered"], found["runs"]) == (3, 5) and len(found["mean_relative_errors"]) == 1
+    assert (found["covered"], found["runs"], found["diverged"]) == (3, 5, ["seed4"]) and len(found["mean_relative_errors"]) == 1
     mean, = found["mean_relative_errors"]
     assert mean["runs"] == 3 and mean["relative_error"]["value"] == pytest.approx(0.02)
     assert mean["relative_error"]["low"] == pytest.approx(0.02 - 4.303 * 0.01 / 3**0.5, rel=1e-3)
@@ -204,8 +206,46 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
                           cwd=REPOSITORY, env=env)
 
 
+def test_a_target_that_diverged_is_a_miss_and_named(tmp_path):
+    """Of three seeds one diverged: its guard gave up, so it has no result. One that still runs isn't scored."""
+    config = preset("debug")
+    sealed = seal({"value": 2.0, "low": 1.9, "high": 2.1, "law": "L = E", "runs": [],
+                   "target": {"config_sha256": config_sha256(config), "params": 1000, "tokens": 1536, "flops": 1e9}})
+    for seed in range(4):
+        home = tmp_path / f"target-seed{seed}"
+        home.mkdir()
+        write_config(home, override(config, {"seed": seed}), "")
+        (home / "prediction.json").write_text(json.dumps(sealed))
+        if seed < 2:
+            (home / RESULT_FILE).write_text(json.dumps({"final_eval_loss": 2.0, "final_eval_loss_se": 0.01, "flops": 1e9}))
+        lost = {"story": ["not finite"]} if seed == 2 else {}
+        (home / "ledger-0000.jsonl").write_text(json.dumps({"event": "alarm", "step": 3} | lost) + "\n")
+    answer = ladder.score_summary(ladder.scores([str(home) for home in sorted(tmp_path.iterdir())]))
+    assert (answer["covered"], answer["runs"]) == (2, 3) and answer["diverged"] == [str(tmp_path / "target-seed2")]
+    assert [row["seed"] for row in answer["scores"]] == [0, 1, 2] and answer["scores"][2]["observed"] is None
+    assert answer["mean_relative_errors"][0]["runs"] == 2
+    done = call("score", f"--workdir={tmp_path}")
+    assert f"2 of 3 inside the interval; diverged, which is a miss: {tmp_path}/target-seed2" in done.stdout, done.stderr
+
+
+def test_outside_data_are_predicted_from_and_reported_without_a_ladder(climbed, tmp_path):
+    workdir, _, _ = climbed
+    csv, sealed = os.path.join(workdir, ladder.CSV_FILE), tmp_path / "new" / "p.json"
+    done = call("predict", f"--csv={csv}", f"--output={sealed}", "--budget=1e13", "--bootstrap=40")
+    assert done.returncode == 0 and "so no run can register it" in done.stdout, done.stderr
+    found = read_prediction(str(sealed))
+    target = found["target"]
+    assert target["config_sha256"] is None and 6 * target["params"] * target["tokens"] == pytest.approx(1e13, rel=0.5)
+    truth = 1.2 + 60 / target["params"] ** 0.4 + 199 / target["tokens"] ** 0.4
+    assert found["low"] < truth < found["high"]
+    done = call("report", f"--csv={csv}", f"--workdir={tmp_path}/fresh", "--bootstrap=20", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fresh" / "report" / "report.md").exists() and json.loads(done.stdout)["scores"] == []
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["predict", "--workdir={0}"], "--workdir: {0} has no plan.json"),
+    (["predict", "--csv=runs.csv", "--output={0}/p.json", "--dim=64"], "--dim: says nothing without a ladder's plan"),
     (["plan", "--workdir={0}", "--ratios=5,1"], "isn't LOW,HIGH"),
 ])
 def test_bad_input_is_one_line(tmp_path, arguments, message):

@@ -1,12 +1,15 @@
 """Diverged runs are found wherever they are, and noise, hard data and overfitting are none."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from research.scaling.analysis import analyse
 from research.scaling.divergence import without_diverged
+from research.scaling.extended import EXTENDED
 from research.scaling.points import Points, make
-from tests.scaling.extended_test import MORE, repeated_loss, runs
+from tests.scaling.extended_test import MORE, loss_of, repeated_loss, runs
 from tests.scaling.laws_test import chinchilla, values
 
 
@@ -32,6 +35,13 @@ def isoflop(noise: float = 0.0, seed: int = 0) -> Points:
     """5 budgets of 10 sizes; the smallest run is of index 0."""
     flops_P = np.repeat(np.geomspace(1e17, 1e20, 5), 10)
     params_P = np.sqrt(flops_P / 120) * np.tile(np.exp(np.linspace(-2, 2, 10)), 5)
+    return noisy(params_P, flops_P / 6 / params_P, noise, seed)
+
+
+def short(noise: float = 0.0, seed: int = 0) -> Points:
+    """5 budgets of 4 sizes: so few runs that one at an end bends the law of all, and another one hides it."""
+    flops_P = np.repeat(np.geomspace(1e16, 4e17, 5), 4)
+    params_P = np.sqrt(flops_P / 120) * np.tile(np.exp(np.linspace(-1, 1, 4)), 5)
     return noisy(params_P, flops_P / 6 / params_P, noise, seed)
 
 
@@ -76,7 +86,7 @@ def test_one_diverged_run_is_found_wherever_it_is(design):
         assert named(spoilt(points, [i], 1.3)) == {i}
 
 
-@pytest.mark.parametrize("design", ["seeds", "isoflop", "scatter"])
+@pytest.mark.parametrize("design", DESIGNS)
 def test_one_diverged_run_is_found_among_much_noise(design):
     points = DESIGNS[design](0.06, 1)
     for i in places(points):
@@ -85,11 +95,11 @@ def test_one_diverged_run_is_found_among_much_noise(design):
 
 @pytest.mark.parametrize("design, pairs", [
     ("grid", [(0, 1), (0, 5), (0, 24), (7, 8)]), ("isoflop", [(0, 1), (0, 10), (9, 19), (40, 49)]),
-    ("seeds", [(0, 25), (0, 1), (24, 49)])])
+    ("seeds", [(0, 25), (0, 1), (24, 49)]), ("short", [(0, 4), (0, 1), (0, 3), (3, 19)])])
 def test_two_diverged_runs_do_not_hide_each_other(design, pairs):
-    points = DESIGNS[design](0.005, 2)
-    for pair in pairs:
-        assert named(spoilt(points, pair, 1.3)) == set(pair)
+    points = (DESIGNS | {"short": short})[design](0.005, 2)
+    for pair, factor in itertools.product(pairs, (1.3, 3.0)):
+        assert named(spoilt(points, pair, factor)) == set(pair)
 
 
 def test_what_is_said_of_it():
@@ -122,8 +132,9 @@ def test_where_the_law_is_wrong_runs_stay():
     assert {found["run"] for found in answer["outliers"]} >= {f"run {i}" for i in few_P[:2]}
 
 
-def test_one_run_that_is_too_good_makes_no_other_diverge():
+def test_runs_that_are_too_good_have_not_diverged_nor_any_other():
     assert without_diverged(spoilt(grid(0.005), [0], 0.5)).left_out == ()
+    assert without_diverged(spoilt(grid(0.005, seeds=3), [0, 25, 50], 0.5)).left_out == ()  # nor those beside them
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -132,6 +143,19 @@ def test_what_has_less_by_a_further_column_has_not_diverged(name):
     points = runs(name, 0.005)
     assert without_diverged(points).left_out == ()
     assert named(spoilt(points, [5], 2.0)) == {5}
+
+
+@pytest.mark.parametrize("name, few, most", [("precision", 1.0, 16.0), ("state", 30.0, 1e6), ("moe", 1.0, 64.0),
+                                             ("repeated", 0.005, 1.0)])
+def test_a_few_runs_that_alone_have_less_have_not_diverged(name, few, most):
+    """Three of 25, as much above the others as diverged ones, and all that the law knows of its further column."""
+    points, third_P = grid(), np.where(np.isin(np.arange(25), [4, 12, 23]), few, most)
+    regressor = EXTENDED[name].extra[0]
+    extra_P = third_P * {"moe": points.params_P, "repeated": points.tokens_P, "precision": 1.0, "state": 1.0}[name]
+    loss_P = loss_of(name, points.params_P, points.tokens_P, extra_P)
+    loss_P = loss_P * np.exp(0.005 * np.random.default_rng(3).standard_normal(25))
+    assert without_diverged(make(points.params_P, loss_P, points.tokens_P, extra={regressor: extra_P})).left_out == ()
+    assert without_diverged(make(points.params_P, loss_P, points.tokens_P)).left_out != ()
 
 
 def test_overfitting_on_repeated_data_is_no_divergence():

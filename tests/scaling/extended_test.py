@@ -81,6 +81,19 @@ def test_without_excess_parameters_only_the_datas_decay_is_fitted_and_said():
     assert fitted.parameters["R_D"][0] == pytest.approx(15.39, rel=0.02)
 
 
+def test_parameters_that_lose_nothing_have_no_decay_and_no_figure():
+    """R_N would be 1e50 or so: it is said to be undecided, and N' = N."""
+    points = runs("repeated")
+    exact = repeated_loss(points.params_P, points.tokens_P, points.extra["unique_tokens"], r_n=1e8)
+    noise_P = np.exp(NOISE * np.random.default_rng(1).standard_normal(len(points)))
+    fitted = EXTENDED["repeated"].fit(make(points.params_P, exact * noise_P, points.tokens_P, extra=points.extra), 20, 0)
+    assert "R_N" not in fitted.parameters and "no R_N: undecided, as nothing is lost" in fitted.notes[0]
+    assert fitted.parameters["R_D"][0] == pytest.approx(15.39, rel=0.1)
+    endless = chinchilla(points.params_P, points.tokens_P) * noise_P
+    fitted = EXTENDED["repeated"].fit(make(points.params_P, endless, points.tokens_P, extra=points.extra), 20, 0)
+    assert any("R_D is undecided, whatever its figure says" in note for note in fitted.notes)
+
+
 def test_one_epoch_is_chinchillas_law():
     points = runs("repeated")
     once = make(points.params_P, points.loss_P, tokens=points.tokens_P, extra={"unique_tokens": points.tokens_P})

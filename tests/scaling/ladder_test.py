@@ -7,7 +7,18 @@ import pytest
 
 from research.errors import InputError
 from research.scaling import ladder
-from research.scaling.ladder import Size, backtests, corrected, drift, forecast, grid, rung_at, widening, write_csv
+from research.scaling.ladder import (
+    Size,
+    backtests,
+    corrected,
+    drift,
+    drift_figure,
+    forecast,
+    grid,
+    rung_at,
+    widening,
+    write_csv,
+)
 from research.scaling.points import Points, make
 
 SIZES = [Size(dim, {}, 1000 * dim, 900 * dim, 7000.0 * dim, 1024, 0.01) for dim in (16, 32, 64, 128)]
@@ -96,6 +107,15 @@ def test_a_law_that_errs_ever_more_in_one_direction_is_corrected(tests):
     moved = [np.log(row["observed"] / row["predicted"]["value"]) for row in rows]
     assert np.max(alone) < 0 and np.sum(np.square(moved)) < 0.5 * np.sum(np.square(alone))
     assert all(row["covered"] for row in rows)
+
+
+def test_the_drift_has_an_interval_over_the_budgets(tests):
+    told = drift_figure(tests)
+    assert told["value"] == drift(tests) and told["low"] < 0 < told["high"] and told["high"] - told["low"] < 0.02
+    bent = drift_figure(backtests(climb(0.0005, bend=0.003), "3", bootstrap=16))
+    assert bent["low"] < bent["value"] < bent["high"] < 0
+    few = drift_figure([row for row in tests if row["budget"] > 2])
+    assert few["low"] == -1e300 and few["high"] == 1e300 and drift_figure([])["value"] == 0
 
 
 def test_a_correction_may_be_none_or_twice_as_large():

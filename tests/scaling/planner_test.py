@@ -104,6 +104,7 @@ def test_nothing_is_made_up():
     assert answer["flops"] == 6e18
     for name in ("days", "chip_hours", "cost", "energy_kwh", "co2_kg", "serving"):
         assert answer[name] is None
+    assert answer["from"]["serving"].startswith("not known without a --chip that has them, or --peak_flops, --hbm_bytes,")
     assert answer["memory"]["train"]["activations"] is None and answer["memory"]["serve"]["cache"] is None
 
 
@@ -214,6 +215,17 @@ def test_serving_is_bound_by_bandwidth_then_by_compute():
     assert serve(1, bits=8)["tokens_per_second"] == pytest.approx(2 * few["tokens_per_second"])
 
 
+def test_a_chip_that_is_in_no_table_can_serve():
+    chip = CHIPS["h100"]
+    unknown = planner.machine(None, 1, "bfloat16", peak_flops=chip.peak_flops["bfloat16"], price=chip.price_per_hour,
+                              hbm_bytes=chip.hbm_bytes, hbm_bandwidth=chip.hbm_bandwidth)
+    question = Question(unknown, model=model_of_number(7e9), utilization=FULL, bandwidth_share=FULL, serving=Serving(batch=64))
+    answer = plan(question)
+    assert answer["serving"] == serve(64) and "not known" not in answer["from"]["serving"]
+    twice = planner.machine("h100", 1, "bfloat16", hbm_bytes=2 * chip.hbm_bytes)
+    assert plan(Question(twice, model=model_of_number(7e9)))["memory"]["train"]["hbm"] == 2 * chip.hbm_bytes
+
+
 def test_what_binds_can_be_uncertain():
     question = Question(planner.machine("h100", 1, "bfloat16"), model=model_of_number(7e9), serving=Serving(batch=140))
     assert plan(question)["serving"]["bound"] == "bandwidth or compute"
@@ -240,9 +252,16 @@ def test_refusals(changes, field, words):
     assert error.value.field == field
 
 
-def test_all_three_that_agree_are_taken():
-    answer = ask(tokens=300e9)
-    assert round(answer["days"]) == 236 and answer["tokens"] == 300e9
+@pytest.mark.parametrize("kind", ("flops", "money", "chip_days"))
+def test_all_three_that_agree_are_taken(kind):
+    """Model and tokens say the FLOPs; what isn't known is the time, and with it the cost."""
+    budget = {"flops": 3.14e23, "money": 2.9e6 / 0.4, "chip_days": 60400 / 0.4}[kind]
+    answer = ask(budget=Budget(kind, budget), tokens=300e9, utilization=Range(0.4, 0.3, 0.5))
+    assert answer["tokens"] == 300e9 and answer["flops"] == 300e9 * answer["flops_per_token"] == 300e9 * 6 * 175e9
+    hours = 3.15e23 / 6.02e13 / 3600
+    assert answer["chip_hours"] == pytest.approx({"value": hours / 0.4, "low": hours / 0.5, "high": hours / 0.3})
+    assert answer["cost"] == pytest.approx({name: 2 * value for name, value in answer["chip_hours"].items()})
+    assert answer["from"]["flops"] == "flops_per_token x tokens"
 
 
 def test_machines_that_are_refused():

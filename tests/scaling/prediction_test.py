@@ -119,6 +119,16 @@ def test_one_of_another_config_is_refused_before_anything_is_written(cache, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_one_of_no_config_is_refused(cache, tmp_path):
+    """Of outside data: nothing says that it is of this run."""
+    config = config_in(cache)
+    target = {"config_sha256": None, "params": 1e9, "tokens": 2e10, "flops": 1.2e20}
+    file = write(tmp_path / "p.json", predicted(config, target=target))
+    with pytest.raises(InputError, match="--prediction: is of no config, as it was made from a CSV file alone"):
+        run(config, Launch(str(tmp_path / "run"), config, quiet=True, prediction=file))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_outside_the_band_is_told(cache, tmp_path):
     config = config_in(cache)
     file = write(tmp_path / "p.json", predicted(config, low=0.9, value=1.0, high=1.1))

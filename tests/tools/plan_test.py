@@ -56,6 +56,7 @@ REFUSED = (
     (("--params=1e9", "--chip=h100", "--price=1e308"), "--price: 1e+308 is too large"),
     (("--params=1e9", "--chips=0"), "--chips=0"),
     (("--params=1e9", "--context=-1"), "--context=-1"),
+    (("--params=1e9", "--hbm_bytes=0"), "--hbm_bytes: 0 isn't positive"),
     (("--money=inf", "--chip=h100"), "--money: inf isn't positive"),
 )
 
@@ -73,3 +74,14 @@ def check_refusal(words, message):
 
 def test_a_refusal():
     check_refusal(*REFUSED[1])
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """`| head`: what is left unread isn't worth a traceback, whether it is told while printing or at the end."""
+    for words in (GPT3, (*GPT3, "--json")):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([sys.executable, "-m", "tools.plan", *words], stdout=write, stderr=subprocess.PIPE, text=True,
+                              cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": ""}, timeout=120)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (0, "")
