@@ -87,7 +87,7 @@ RECURRENT: dict[str, tuple[tuple[MixerConfig, ...], int]] = {
     "control": ((GatedMlp(hidden=704), GatedMlp(hidden=352)), 4),  # no token sees another: what the machine adds with length
 }
 LENGTHS = (1024, 4096, 16384)
-REMAT = {"gated_delta", "rwkv7"}  # with `dots`: faster for long rows where a layer keeps much beside its products
+REMAT = {"gated_delta", "mamba2", "rwkv7"}  # with `dots`: as fast for long rows, whose temporaries stay below 2 GB then (docs)
 
 CASES = {"d256": case(256, 6, 4, 704, 8), "d512": case(512, 8, 8, 1408, 4)}
 
