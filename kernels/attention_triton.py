@@ -54,6 +54,12 @@ TILES = {
 FORWARD, QUERIES, KEYS = range(3)
 
 
+def _tile(q_BxLxHxK: jax.Array, v_BxSxGxV: jax.Array, which: int) -> Tile:
+    """which: FORWARD, QUERIES or KEYS."""
+    name, widest = q_BxLxHxK.dtype.name, max(q_BxLxHxK.shape[3], v_BxSxGxV.shape[3])
+    return TILES[name, next(width for dtype, width in TILES if dtype == name and width >= widest)][which]
+
+
 def _power(size: int) -> int:
     return max(LEAST, pl.next_power_of_2(size))
 
@@ -210,12 +216,10 @@ class _Call(NamedTuple):
     shares: int  # query heads of a key head
 
     @classmethod
-    def of(cls, q, k, v, slopes_H, context: Context, rule: Rule, which: int) -> _Call:
-        """which: FORWARD, QUERIES or KEYS; a program of keys goes over queries."""
+    def of(cls, q, k, v, slopes_H, context: Context, rule: Rule, tile: Tile, of_keys: bool = False) -> _Call:
+        """of_keys: a program holds keys, and goes over queries."""
         (_, L, H, K), (S, G, V) = q.shape, v.shape[1:]
-        width = next(width for dtype, width in TILES if dtype == q.dtype.name and width >= max(K, V))
-        tile = TILES[q.dtype.name, width][which]
-        rows_q, rows_k = (tile.inner, tile.own) if which == KEYS else (tile.own, tile.inner)
+        rows_q, rows_k = (tile.inner, tile.own) if of_keys else (tile.own, tile.inner)
         block_q, block_k = min(rows_q, _power(L)), min(rows_k, _power(S))
         p = flash.Plan(flash.up(L, block_q), flash.up(S, block_k), _power(K), _power(V), block_q, block_k)
         row = lambda x, size: flash.fill(x.astype(jnp.int32), {1: size})
@@ -225,7 +229,7 @@ class _Call(NamedTuple):
             who_k.append(row(context.k_prefix_BxS, p.keys))
         padded = Context(who_q[0], who_k[0], who_q[1], who_k[1], who_k[2] != 0 if len(who_k) == 3 else None)
         blocks = visible_blocks(padded, rule, block_q, block_k)
-        arrays = [_bounds(*(jnp.swapaxes(x, 1, 2) for x in blocks)) if which == KEYS else _bounds(*blocks),
+        arrays = [_bounds(*(jnp.swapaxes(x, 1, 2) for x in blocks)) if of_keys else _bounds(*blocks),
                   jnp.zeros(H, jnp.float32) if slopes_H is None else slopes_H.astype(jnp.float32),
                   flash.fill(q, {1: p.length, 3: p.width}), flash.fill(k, {1: p.keys, 3: p.width}),
                   flash.fill(v, {1: p.keys, 3: p.value_width}), jnp.stack(who_q, axis=1), jnp.stack(who_k, axis=1)]
@@ -266,13 +270,14 @@ class _Call(NamedTuple):
 def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, slopes_H: jax.Array | None, context: Context,
             rule: Rule, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """(y_BxLxHxV, lse_BxHxL: log of the sum of exp(scores), float32); arguments as in `attention.attention`."""
-    return _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, rule=rule, interpret=interpret)
+    tile = _tile(q_BxLxHxK, v_BxSxGxV, FORWARD)
+    return _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, tile=tile, rule=rule, interpret=interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "interpret"), inline=True)
-def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, rule: Rule, interpret):
+@functools.partial(jax.jit, static_argnames=("tile", "rule", "interpret"), inline=True)
+def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, tile: Tile, rule: Rule, interpret):
     (B, L, H, K), V = q_BxLxHxK.shape, v_BxSxGxV.shape[3]
-    call = _Call.of(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, rule, FORWARD)
+    call = _Call.of(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, rule, tile)
     p, (specs, own, row) = call.plan, call.by_queries()
     y_BxLxHxV, lse_BxHxL = pl.pallas_call(
         functools.partial(_attention_forward, block=p.block_k, alibi=slopes_H is not None, rule=rule),
@@ -290,8 +295,10 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
     """(dq, dk, dv, dslopes_H or None), in the dtypes of the arguments, from what `forward` gave and y's gradient."""
     pulled_BxHxL = jnp.sum(dy_BxLxHxV.astype(jnp.float32) * y_BxLxHxV.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     arrays = q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, lse_BxHxL, pulled_BxHxL, dy_BxLxHxV
-    dq, dslopes = _backward_queries(*arrays, rule=rule, interpret=interpret)
-    return dq, *_backward_keys(*arrays, rule=rule, interpret=interpret), dslopes
+    of_queries, of_keys = (_tile(q_BxLxHxK, v_BxSxGxV, which) for which in (QUERIES, KEYS))
+    dq, dslopes = _backward_queries(*arrays, tile=of_queries, rule=rule, interpret=interpret)
+    dk, dv = _backward_keys(*arrays, tile=of_keys, rule=rule, interpret=interpret)
+    return dq, dk, dv, dslopes
 
 
 def _pulls(p: flash.Plan, lse_BxHxL, pulled_BxHxL, dy_BxLxHxV) -> list[jax.Array]:
@@ -299,11 +306,11 @@ def _pulls(p: flash.Plan, lse_BxHxL, pulled_BxHxL, dy_BxLxHxV) -> list[jax.Array
             flash.fill(dy_BxLxHxV, {1: p.length, 3: p.value_width})]
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "interpret"), inline=True)
-def _backward_queries(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *pulls, rule: Rule, interpret):
+@functools.partial(jax.jit, static_argnames=("tile", "rule", "interpret"), inline=True)
+def _backward_queries(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *pulls, tile: Tile, rule: Rule, interpret):
     """(dq, dslopes_H or None)"""
     (B, L, H, K), V, alibi = q_BxLxHxK.shape, v_BxSxGxV.shape[3], slopes_H is not None
-    call = _Call.of(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, rule, QUERIES)
+    call = _Call.of(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, rule, tile)
     p, (specs, own, row) = call.plan, call.by_queries()
     dq_BxLxHxK, *dslopes = pl.pallas_call(
         functools.partial(_attention_backward_queries, block=p.block_k, alibi=alibi, rule=rule),
@@ -317,12 +324,12 @@ def _backward_queries(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Contex
     return dq_BxLxHxK[:, :L, :, :K], jnp.sum(dslopes[0], axis=(0, 2)).astype(slopes_H.dtype) if alibi else None
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "interpret"), inline=True)
-def _backward_keys(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *pulls, rule: Rule, interpret):
+@functools.partial(jax.jit, static_argnames=("tile", "rule", "interpret"), inline=True)
+def _backward_keys(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *pulls, tile: Tile, rule: Rule, interpret):
     """(dk, dv)"""
     B, S, G, K = k_BxSxGxK.shape
     V = v_BxSxGxV.shape[3]
-    call = _Call.of(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, rule, KEYS)
+    call = _Call.of(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, rule, tile, of_keys=True)
     p, (specs, pull_specs, out_specs) = call.plan, call.by_keys()
     dk_BxSxGxK, dv_BxSxGxV = pl.pallas_call(
         functools.partial(_attention_backward_keys, block=p.block_q, alibi=slopes_H is not None, rule=rule),

@@ -24,6 +24,7 @@ from research.models.attention import Attention, attend
 from research.models.latent_attention import LatentAttention
 from research.schema import MeshConfig
 from research.training.flops import count_flops
+from tests.jaxprs import equations
 from tests.kernels.attention_test import CASES, SMALL, Case, arguments, oracle_of, run, values_and_gradients
 from tests.kernels.gpu import lowered, triton_kernels
 
@@ -139,19 +140,24 @@ def test_flops_are_of_the_blocks_that_are_computed(small_tiles):
     assert count_flops(train, arrays, platform="cuda") == 2 * 4 * 512 * 512 * products * (32 * 33 // 2) / 32**2
 
 
-def test_a_sharded_step_has_the_kernels(devices):
+def test_a_sharded_step_has_the_kernels(devices, small_tiles):
     """Through `sharding.local`, two by two devices: each runs them on its own rows and heads."""
-    rules = sharding.rules_named("fsdp_tp")
-    mesh = sharding.make_mesh(MeshConfig(rules="fsdp_tp", fsdp=2, tensor=2), devices)
+    case = Case(("1" * 20 + "2" * 13,) * 4, heads=4, groups=2)
+    arrays, rest = arguments(case)
+    config = MeshConfig(rules="fsdp_tp", fsdp=2, tensor=2)
+    mesh, rules = sharding.make_mesh(config, devices), sharding.rules_named("fsdp_tp")
 
-    def loss(q, k, v, q_ids, k_ids):
+    def sharded(arrays):
         with sharding.use(mesh, rules):
-            return jnp.sum(attend(q, k, v, q_ids, k_ids, q_ids, k_ids, "causal", None, scale=0.1).astype(jnp.float32))
+            return attend(arrays["q"], arrays["k"], arrays["v"], *list(rest.values())[:4], "causal", None,
+                          scale=rest["scale"], implementation="triton")
 
-    program = lowered(jax.grad(loss, argnums=(0, 1, 2)), *shapes(64, jnp.bfloat16))
-    assert triton_kernels(program) == STEP
-    forward = next(line for line in program.splitlines() if "__gpu$xla.gpu.triton" in line and FORWARD[0] in line)
-    assert "tensor<1x384x2x64xbf16>" in forward  # one row of two, two heads of four
+    calls = [eqn for eqn in equations(jax.make_jaxpr(sharded)(arrays).jaxpr) if eqn.primitive.name == "pallas_call"]
+    assert {eqn.params["name"] for eqn in calls} == {"triton_attention_forward"}
+    assert all(eqn.outvars[0].aval.shape == (2, 48, 2, 16) for eqn in calls)  # of 4 rows and 4 heads, padded
+    got = values_and_gradients(sharded, arrays, arrays["q"].shape)
+    expected = values_and_gradients(lambda a: run(a, rest, "chunked"), arrays, arrays["q"].shape)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
 
 
 @pytest.mark.parametrize("change, words", [

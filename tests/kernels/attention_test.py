@@ -195,8 +195,10 @@ def small_chunks(monkeypatch):
 
 
 # An interpreted kernel takes seconds to compile: all of them run in the slow tests, these always.
-ALWAYS = ("softcap, alibi, window, gqa", "prefix, window", "window 5, bidirectional", "decode", "a few queries, of everything")
-SLOW = {(name, kernels) for name in CASES if name not in ALWAYS for kernels in module.KERNELS}
+ALWAYS = {"flash": ("softcap, alibi, window, gqa", "prefix, window", "window 5, bidirectional", "decode",
+                    "a few queries, of everything"),
+          "triton": ("softcap, alibi, window, gqa", "prefix, window")}
+SLOW = {(name, kernels) for kernels, always in ALWAYS.items() for name in CASES if name not in always}
 REFUSED = {(name, "cudnn") for name, case in CASES.items() if case.alibi or case.softcap}
 BATTERY = [pytest.param(*row, marks=[pytest.mark.slow] if row in SLOW else [])
            for row in itertools.product(CASES, IMPLEMENTATIONS) if row not in REFUSED]
