@@ -280,7 +280,7 @@ def default_implementation(*qkv: jax.Array) -> Form:
 
 def _ring(run: Callable[..., jax.Array], axis_name: attention_ring.AxisName) -> Form:
     if not isinstance(run, Form):
-        raise ValueError("attention: the reference and cudnn don't go round a ring; implementation='chunked' does")
+        raise ValueError("attention: the reference or cudnn doesn't go round a ring; implementation='chunked' does")
     return Form(functools.partial(attention_ring.forward, attend=run.forward, axis_name=axis_name),
                 functools.partial(attention_ring.backward, pull=run.backward, axis_name=axis_name))
 
