@@ -7,14 +7,14 @@ tests hold all of them to one float64 oracle.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import attention_decode_pallas, attention_pallas, attention_ring
+from kernels import attention_cudnn, attention_decode_pallas, attention_pallas, attention_ring, attention_triton
 from kernels.lowering import by_platform, say_once
 from kernels.varying import vary_alike
 from kernels.visibility import MASK_KINDS, Context, Rule, visible
@@ -203,59 +203,84 @@ def _chunked_backward(q, k, v, slopes, context: Context, y_BxLxHxV, lse_BxHxL, d
 chunked = Form(_chunked_forward, _chunked_backward)
 
 
-def _where(tpu: Callable, default: Callable) -> Callable:
-    """One of two functions of (arrays..., rule), chosen when the program is lowered."""
-    own = lambda run, rule: functools.partial(run, rule=rule)
-    return lambda *arrays_rule: by_platform(*arrays_rule[:-1], tpu=own(tpu, arrays_rule[-1]),
-                                            otherwise=own(default, arrays_rule[-1]))
+def _by_platform(own: Mapping[str, Form], otherwise: Form) -> Form:
+    """Of each platform its own form and of every other `otherwise`: chosen when the program is lowered."""
+
+    def both(part: Callable[[Form], Callable]) -> Callable:
+        def run(*arrays_rule):
+            *arrays, rule = arrays_rule
+            ways = {platform: functools.partial(part(form), rule=rule) for platform, form in own.items()}
+            return by_platform(*arrays, **ways, otherwise=functools.partial(part(otherwise), rule=rule))
+        return run
+
+    return Form(both(lambda form: form.forward), both(lambda form: form.backward))
 
 
-def _interpreted(kernel: Callable) -> Callable:
-    return lambda *arrays, rule: kernel(*arrays, rule=rule, interpret=INTERPRET)
-
-
-def _kernels(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, elsewhere: Form | None) -> Form | str:
-    """The Pallas kernels for a TPU: those for few queries where they fit; or why none can serve these shapes and dtypes.
-
-    elsewhere: what runs where there is no TPU; None: the same kernels, interpreted, and slow.
-    """
+def _flash(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form | str:
+    """The kernels for a TPU, those for few queries where they fit; or why none can serve these shapes and dtypes."""
     if attention_decode_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV) is None:
-        forward, backward = attention_decode_pallas.forward, None
-    elif reason := attention_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV):
-        return reason
-    else:
-        forward, backward = attention_pallas.forward, attention_pallas.backward
-    others = elsewhere or Form(_interpreted(forward), _interpreted(backward))
-    return Form(_where(forward, others.forward), _where(backward, others.backward) if backward else _chunked_backward)
+        return Form(attention_decode_pallas.forward, _chunked_backward)
+    reason = attention_pallas.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
+    return reason or Form(attention_pallas.forward, attention_pallas.backward)
 
 
-def flash_form(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form:
-    form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, None)
+def _triton(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form | str:
+    """The kernels for an NVIDIA GPU, or why they can't serve these shapes and dtypes."""
+    reason = attention_triton.refusal(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
+    return reason or Form(attention_triton.forward, attention_triton.backward)
+
+
+# The kernels by name: the platform that compiles them, and what gives them, or says why not, for q, k and v.
+KERNELS: dict[str, tuple[str, Callable[..., Form | str]]] = {"flash": ("tpu", _flash), "triton": ("cuda", _triton)}
+
+
+def named_form(name: str, *qkv: jax.Array) -> Form:
+    """The kernels `name`; where their platform isn't, interpreted, and slow.
+
+    Raises:
+      ValueError: they can't serve these shapes and dtypes.
+    """
+    platform, kernels = KERNELS[name]
+    form = kernels(*qkv)
     if isinstance(form, str):
-        raise ValueError(f"attention: flash can't serve this: {form}")
-    return form
+        raise ValueError(f"attention: {name} can't serve this: {form}")
+    interpret = INTERPRET if platform == "tpu" else True
+    slow = [run if run is _chunked_backward else functools.partial(run, interpret=interpret) for run in form]
+    return _by_platform({platform: form}, Form(*slow))
 
 
-def flash(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, *rest: Any) -> jax.Array:
-    """attention_pallas.py and attention_decode_pallas.py: memory linear in L and in S, blocks that nothing sees left out."""
-    return flash_form(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, *rest)
+def _forced(name: str) -> Callable[..., jax.Array]:
+    return lambda q, k, v, *rest: named_form(name, q, k, v)(q, k, v, *rest)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference, "chunked": chunked, "flash": flash}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference, "chunked": chunked,
+    "flash": _forced("flash"),  # attention_pallas.py, attention_decode_pallas.py: for TPUs
+    "triton": _forced("triton"),  # attention_triton.py: for NVIDIA GPUs
+    "cudnn": attention_cudnn.attend,
+}
 
 
-def default_implementation(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> Form:
-    """What runs when none is named: `chunked`, and on a TPU `flash`, if it can; the lowering of the program decides."""
-    form = _kernels(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, chunked)
-    if isinstance(form, str):
-        say_once(f"attention: flash can't serve this: {form}")
-        return chunked
-    return form
+def default_implementation(*qkv: jax.Array) -> Form:
+    """What runs when none is named: `chunked`, on a TPU `flash` and on an NVIDIA GPU `triton`, if they can; the lowering of the
+    program decides. A few queries of a cache take `chunked` on a GPU: one program a head would leave most of it idle."""
+    own, refusals = {}, {}
+    for name, (platform, kernels) in KERNELS.items():
+        if name == "triton" and qkv[0].shape[1] < attention_triton.LEAST:
+            continue
+        form = kernels(*qkv)
+        if isinstance(form, str):
+            refusals.setdefault(form, []).append(name)
+        else:
+            own[platform] = form
+    for reason, names in refusals.items():
+        say_once(f"attention: {' and '.join(names)} can't serve this: {reason}")
+    return _by_platform(own, chunked)
 
 
 def _ring(run: Callable[..., jax.Array], axis_name: attention_ring.AxisName) -> Form:
     if not isinstance(run, Form):
-        raise ValueError("attention: the reference doesn't go round a ring; implementation='chunked' does")
+        raise ValueError("attention: the reference or cudnn doesn't go round a ring; implementation='chunked' does")
     return Form(functools.partial(attention_ring.forward, attend=run.forward, axis_name=axis_name),
                 functools.partial(attention_ring.backward, pull=run.backward, axis_name=axis_name))
 
@@ -337,7 +362,7 @@ def attention(
     if implementation is None:
         run = default_implementation(*arrays)
     else:
-        run = flash_form(*arrays) if implementation == "flash" else IMPLEMENTATIONS[implementation]
+        run = named_form(implementation, *arrays) if implementation in KERNELS else IMPLEMENTATIONS[implementation]
     if axis_name is not None:
         run = _ring(run, axis_name)
     rule = Rule(mask_kind, window, softcap, scale)

@@ -14,6 +14,7 @@ def by_platform(
     *operands: Any,
     otherwise: Callable[..., Any],
     tpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
     cpu: Callable[..., Any] | None = None,
     refusal: str | None = None,
 ) -> Any:
@@ -24,7 +25,7 @@ def by_platform(
     if refusal is not None:
         say_once(refusal)
         tpu = None
-    own = {name: run for name, run in (("tpu", tpu), ("cpu", cpu)) if run is not None}
+    own = {name: run for name, run in (("tpu", tpu), ("cuda", cuda), ("cpu", cpu)) if run is not None}
     return jax.lax.platform_dependent(*operands, **own, default=otherwise) if own else otherwise(*operands)
 
 

@@ -21,9 +21,10 @@ SLOW: dict[str, tuple[str, ...]] = {
     "interop/trained_test.py": ("test_every_bit_comes_out",),
     "interop/huggingface_test.py": (r"test_logits_are_theirs\[(jamba|rwkv|mamba\]|mixtral|llama2|llama_tied|qwen3)",),
     "kernels/attention_test.py": (
-        "test_inside_shard_map_and_remat", r"test_one_document_alone.*\[flash",
+        "test_inside_shard_map_and_remat", r"test_one_document_alone.*\[(flash|triton)",
         r"test_(matches_the_oracle|bfloat16_is_as_near_as_the_reference)\[.*-reference\]",
         r"test_a_query_that_sees_nothing.*\[(?!causal-chunked)"),
+    "kernels/attention_ring_test.py": (r"test_equals_unsharded_attention\[.*triton",),
     "kernels/attention_tpu_test.py": (r"test_a_training_step_s_attention_compiles\[v5e",),
     "kernels/attention_flash_test.py": ("test_races_are_looked_for",),
     "kernels/chunks_pallas_test.py": ("test_a_sharded_training_step_for_four_chips", "test_flops_are_those"),

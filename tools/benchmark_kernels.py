@@ -73,6 +73,8 @@ def arguments(kernel: str, B: int, L: int, D: int) -> dict[str, Callable[[np.ran
 
 KERNELS = {module.__name__.rpartition(".")[2]: module
            for module in (attention, ssd, selective_scan, diagonal_ssm, gated_delta, wkv, wkv7, linear_recurrence)}
+# By back end, implementations that are made for another one: there they would only be interpreted.
+ELSEWHERE = {"cpu": ("triton", "cudnn"), "tpu": ("triton", "cudnn"), "gpu": ("flash", "pallas")}
 FLOAT32 = {"a_H", "a_IxN", "a_CxN", "c_CxN", "decay_N", "bonus_N"}
 
 
@@ -135,6 +137,8 @@ def kernels(rounds: int, seconds: float) -> dict[str, Any]:
             for name in module.IMPLEMENTATIONS:
                 if name == "reference" and not small:
                     continue  # a token at a time, or all scores: minutes, or no room
+                if name in ELSEWHERE[jax.default_backend()]:
+                    continue
                 try:
                     compiled[name] = jax.jit(gradients(kernel, name, L)).lower(arrays).compile()
                 except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:

@@ -48,7 +48,7 @@ class Attention(MixerConfig):
     cross: bool = False
     bias: bool = False
     scale: PositiveFloat | None = None
-    implementation: Literal["reference", "chunked", "flash"] | None = None
+    implementation: Literal["reference", "chunked", "flash", "triton", "cudnn"] | None = None
 
     def validate(self):
         if self.heads % (self.kv_heads or self.heads):
@@ -87,7 +87,7 @@ def attend(
     Where rows are split along their length, keys come whole, or, by rules that split them likewise, go round the devices.
     """
     ring = sharding.mesh_axes("keys", k.shape[1])
-    if ring != sharding.mesh_axes("length", q.shape[1]) or implementation == "reference":
+    if ring != sharding.mesh_axes("length", q.shape[1]) or implementation in ("reference", "cudnn"):
         ring = ()  # a cache, a memory of another length: read whole
 
     def kernel(q, k, v, q_positions, k_positions, q_segments, k_segments, k_prefix, slopes_H):

@@ -46,7 +46,7 @@ class LatentAttention(MixerConfig):
     rope_base: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     scale: PositiveFloat | None = None
-    implementation: Literal["reference", "chunked", "flash"] | None = None
+    implementation: Literal["reference", "chunked", "flash", "triton", "cudnn"] | None = None
 
     def validate(self):
         if self.rope_dim % 2:

@@ -21,6 +21,9 @@ CALLS = frozenset(
     "custom_vjp_call_jaxpr custom_lin named_call eval_jaxpr".split()
 )
 
+# Products of BxHxLxSxK in the primitives behind `jax.nn.dot_product_attention(implementation="cudnn")`.
+CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 def count_flops(
     fn: Callable[..., Any],
@@ -30,7 +33,7 @@ def count_flops(
 ) -> float:
     """Flops of `fn(*args)` in matrix products and convolutions, a multiply-add counting as two.
 
-    Counted are dot_general, ragged_dot and conv_general_dilated, wherever they are nested; elementwise
+    Counted are dot_general, ragged_dot, conv_general_dilated and cuDNN's attention, wherever they are nested; elementwise
     operations, reductions and decompositions (cholesky, ...) count 0. `fn` is traced, not run: `args` may be
     ShapeDtypeStructs. The count is of the program as written: what fn computes and throws away counts, a
     recomputation under `jax.checkpoint` counts again. All devices together: a shard_map counts once a shard.
@@ -82,6 +85,9 @@ def _count_equation(eqn: Any, platform: str | None, pallas_flops: PallasFlops) -
         return math.prod(mesh.shape[axis] for axis in axes) * inner(params["jaxpr"])
     if name == "pallas_call":
         return _pallas_call(eqn, pallas_flops)
+    if name in CUDNN_PRODUCTS:  # of q BxLxHxK with k BxSxGxK
+        q, k = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+        return 2.0 * CUDNN_PRODUCTS[name] * math.prod(q) * k[1]
 
     # Everything else: nothing, one call, or something whose number of runs isn't known here.
     flops = [inner(jaxpr) for jaxpr in _jaxprs(params)]

@@ -29,10 +29,10 @@ def arguments():
     return arrays, positions, segments
 
 
-@pytest.mark.parametrize("name, order, check_vma", [
-    ("causal", "in order", False), ("causal", "striped", True), ("prefix", "in order", True),
-    ("window, alibi, cap", "striped", False)])
-def test_equals_unsharded_attention(name, order, check_vma, devices):
+@pytest.mark.parametrize("name, order, check_vma, implementation", [
+    ("causal", "in order", False, None), ("causal", "striped", True, None), ("prefix", "in order", True, None),
+    ("window, alibi, cap", "striped", False, None), ("causal", "striped", False, "triton")])
+def test_equals_unsharded_attention(name, order, check_vma, implementation, devices):
     arrays, positions, segments = arguments()
     static = {key: value for key, value in RULES[name].items() if key != "alibi_slopes_H"}
     slopes = RULES[name]["alibi_slopes_H"] if "alibi_slopes_H" in RULES[name] else None
@@ -45,8 +45,8 @@ def test_equals_unsharded_attention(name, order, check_vma, devices):
     def around(arrays, slopes):
         mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Auto,), devices=devices)
         rows, whole = PartitionSpec(None, "context"), PartitionSpec()
-        local = jax.shard_map(lambda *a: run(*a, axis_name="context"), mesh=mesh, in_specs=(rows, whole, rows, rows),
-                              out_specs=rows, check_vma=check_vma)
+        local = jax.shard_map(lambda *a: run(*a, implementation=implementation, axis_name="context"), mesh=mesh,
+                              in_specs=(rows, whole, rows, rows), out_specs=rows, check_vma=check_vma)
         cut = ORDERS[order]
         y = local([x[:, cut] for x in arrays], slopes, positions[:, cut], segments[:, cut])
         return y[:, np.argsort(cut)]

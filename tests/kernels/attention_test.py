@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention as module
-from kernels import attention_pallas
+from kernels import attention_pallas, attention_triton
 from kernels.attention import IMPLEMENTATIONS, attention
 from tests.jaxprs import equations
 
@@ -182,19 +182,26 @@ def oracle_of(name: str):
         return values_and_gradients(lambda a: oracle(a, rest), in_64, shape)
 
 
+SMALL = attention_triton.Tile(16, 16, 4, 1)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So that short rows take several chunks, and several blocks of the kernels in Pallas's TPU interpret mode."""
     monkeypatch.setattr(module, "QUERY_CHUNK", 16)
     monkeypatch.setattr(attention_pallas, "BLOCK", 16)
+    monkeypatch.setattr(attention_triton, "TILES", dict.fromkeys(attention_triton.TILES, (SMALL, SMALL, SMALL)))
     monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams())
 
 
 # An interpreted kernel takes seconds to compile: all of them run in the slow tests, these always.
-ALWAYS = ("softcap, alibi, window, gqa", "prefix, window", "window 5, bidirectional", "decode", "a few queries, of everything")
-SLOW = {(name, "flash") for name in CASES if name not in ALWAYS}
+ALWAYS = {"flash": ("softcap, alibi, window, gqa", "prefix, window", "window 5, bidirectional", "decode",
+                    "a few queries, of everything"),
+          "triton": ("softcap, alibi, window, gqa", "prefix, window")}
+SLOW = {(name, kernels) for kernels, always in ALWAYS.items() for name in CASES if name not in always}
+REFUSED = {(name, "cudnn") for name, case in CASES.items() if case.alibi or case.softcap}
 BATTERY = [pytest.param(*row, marks=[pytest.mark.slow] if row in SLOW else [])
-           for row in itertools.product(CASES, IMPLEMENTATIONS)]
+           for row in itertools.product(CASES, IMPLEMENTATIONS) if row not in REFUSED]
 
 
 @pytest.mark.parametrize("name, implementation", BATTERY)
@@ -213,7 +220,8 @@ def test_matches_the_oracle(name, implementation, small_chunks):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mask_kind", module.MASK_KINDS)
 def test_a_query_that_sees_nothing_gives_exact_zeros(mask_kind, implementation, small_chunks):
-    case = Case(("1" * 10 + "0" * 12,), mask_kind=mask_kind, alibi=True, softcap=5.0)
+    more = {} if implementation == "cudnn" else dict(alibi=True, softcap=5.0)
+    case = Case(("1" * 10 + "0" * 12,), mask_kind=mask_kind, **more)
     arrays, rest = arguments(case)
     y, gradients = values_and_gradients(lambda a: run(a, rest, implementation), arrays, arrays["q"].shape)
     for name, array in {"y": y, **{key: gradients[key] for key in "qkv"}}.items():
@@ -286,7 +294,7 @@ def test_the_default_chunk_at_its_own_size():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_document_alone_gives_what_it_gives_packed(implementation, small_chunks):
-    packed, rest = arguments(Case(("1" * 19 + "2" * 23,), heads=4, alibi=True, window=9))
+    packed, rest = arguments(Case(("1" * 19 + "2" * 23,), heads=4, alibi=implementation != "cudnn", window=9))
     y = run(packed, rest, implementation)
     alone = {key: x if key == "alibi_slopes_H" else x[:, 19:] for key, x in packed.items()}
     cut = {key: x[:, 19:] if isinstance(x, np.ndarray) else x for key, x in rest.items()}
@@ -295,13 +303,13 @@ def test_one_document_alone_gives_what_it_gives_packed(implementation, small_chu
 
 @pytest.mark.parametrize("implementation, check_vma", [
     (name, check) for name in (*IMPLEMENTATIONS, None) for check in (False, True)
-    if (name, check) != ("flash", True)])  # JAX's interpreter of kernels knows no varying axes; None has the kernels, too
+    if not (name in module.KERNELS and check)])  # JAX's interpreter of kernels knows no varying axes; None has the kernels, too
 def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, monkeypatch, devices):
     """Rows split over two devices; the slopes are whole on each, so their gradient is a sum."""
     monkeypatch.setattr(module, "INTERPRET", True)  # the TPU's interpreter has effects, which remat refuses
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:2])
     split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    case = Case((LONG, LONG), heads=4, alibi=True)
+    case = Case((LONG, LONG), heads=4, alibi=implementation != "cudnn")
     arrays, rest = arguments(case)
     ids = {key: x for key, x in rest.items() if isinstance(x, np.ndarray)}
     static = {key: x for key, x in rest.items() if key not in ids}
@@ -318,7 +326,7 @@ def test_inside_shard_map_and_remat(implementation, check_vma, small_chunks, mon
 
 
 BAD = {
-    "no such implementation": (dict(implementation="fused"), "reference, chunked, flash"),
+    "no such implementation": (dict(implementation="fused"), "reference, chunked, flash, triton, cudnn"),
     "no such mask": (dict(mask_kind="full"), "causal, bidirectional, prefix"),
     "prefix without its mask": (dict(mask_kind="prefix"), "k_prefix_BxS"),
     "window 0": (dict(window=0), "window 0"),
