@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from absl.testing import flagsaver
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from research import sharding
 from research.decoding.engine import Engine
@@ -20,7 +22,7 @@ from research.decoding.sampling import Sampling
 from research.errors import InputError
 from research.models.lm import LanguageModel
 from research.training.program import make_program
-from tools import benchmark_gpu, benchmark_gpu_parts
+from tools import benchmark, benchmark_gpu, benchmark_gpu_parts
 from tools.benchmark_gpu_parts import Turns
 
 QUICK = Turns(rounds=2, seconds=0.01, rehearse=True)
@@ -113,6 +115,15 @@ def test_what_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path):
         benchmark_gpu.gpu(["roofs"], QUICK, f"{tmp_path}/missing/gpu.json")
 
 
+@pytest.mark.parametrize("failed, code", [(["roofs: no"], 1), ([], 0)])
+def test_the_exit_code_says_whether_all_is_there(failed, code, monkeypatch, capfd):
+    monkeypatch.setitem(benchmark.VERBS, "gpu", lambda: {"failed": failed})
+    with flagsaver.flagsaver():
+        benchmark.FLAGS(["benchmark", "--json"])
+        assert benchmark.main(["benchmark", "gpu"]) == code
+    assert json.loads(capfd.readouterr().out) == {"failed": failed}
+
+
 def dies(*_) -> None:
     os._exit(3)
 
@@ -146,6 +157,41 @@ def test_what_jax_raises_is_one_line():
         benchmark_gpu_parts.tried(int, None)
 
 
+def test_a_ratio_is_of_paired_rounds():
+    found = benchmark_gpu_parts.ratio(theirs=[2.0, 9.0, 4.0], ours=[1.0, 3.0, 4.0])
+    assert found == {"value": 2.0, "low": 1.0, "high": 3.0}
+    assert benchmark_gpu_parts.rate(6.0, [1.0, 2.0, 3.0]) == {"value": 3.0, "low": 2.0, "high": 6.0}
+
+
+@pytest.mark.parametrize("lead, expected", [([0.5, 1.2, 0.9, 1.1, 1.3], 8192), ([1.1] * 5, 1024), ([2, 2, 2, 2, 0.9], None),
+                                            ([2, 2, None, 2, 2], 8192)])
+def test_ahead_is_ahead_at_every_longer_row(lead, expected, monkeypatch):
+    left = iter(lead)
+    measured = lambda *_: {"failed": "no"} if (found := next(left)) is None else {"over_attention": figure(found)}
+    monkeypatch.setattr(benchmark_gpu_parts, "_scans", measured)
+    cases = dict(benchmark_gpu_parts.ssd_over_others(Turns(1, 0.1)))
+    assert len(cases) == 6 and cases["ahead_of_attention"] == {"from_length": expected}
+
+
+class Clock(Turns):
+    """Says how long each side took."""
+
+    def of(self, sides):
+        return {name: [{"prefill": 1.0, "whole": 1.0 + 32 * 0.5, "copy": 2.0}[name]] for name in sides}
+
+
+def test_a_decoding_step_reads_each_weight_but_the_embedding_and_the_cache_so_far():
+    config = benchmark_gpu_parts.eight(small=True)
+    model, figures = LanguageModel(config.model), benchmark_gpu_parts._decoded(config, 3, Clock(1, 0.1, rehearse=True))
+    counts = model.param_counts()
+    weights = 2 * (counts["total"] - config.model.vocab_size * config.model.dim)
+    cache = 3 * model.state_bytes(32 + 16)  # the prompt, and half of what is generated
+    assert (figures["weight_bytes"], figures["cache_bytes"]) == (weights, cache)
+    assert figures["step_seconds"]["value"] == 0.5 and figures["tokens_per_second"]["value"] == 6.0
+    assert figures["bytes_per_second"]["value"] == 2 * (weights + cache)
+    assert figures["of_copy"]["value"] == pytest.approx(2 * (weights + cache) / 2**16)  # twice that in two seconds
+
+
 @pytest.mark.parametrize("early", [True, False], ids=["the compiler refuses", "the count is above the room"])
 def test_the_batch_grows_until_memory_s_end(monkeypatch, early):
     def compile(self):
@@ -175,7 +221,9 @@ def test_the_dense_model_has_1_3_billion_parameters():
 
 
 def lowered_for_cuda(run, *shapes):
-    return jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+    """jax 0.12 asks for the GPU that a Pallas kernel is for."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))):
+        return jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
 def test_the_portable_form_is_told_from_kernels_for_gpus():
@@ -218,6 +266,5 @@ def test_generation_lowers_for_cuda():
     params, key = jax.eval_shape(model.init, jax.random.key(0)), jax.random.key(0)
     tokens, lengths = jax.ShapeDtypeStruct((16, 896), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)
     engine = Engine(model, Sampling(temperature=0.0))
-    traced = Engine._run.trace(engine, params, tokens, lengths, key, 257)
-    tokens_BxT, *_ = traced.lower(lowering_platforms=("cuda",)).out_info
+    tokens_BxT, *_ = lowered_for_cuda(lambda *shapes: engine._run(*shapes, 257), params, tokens, lengths, key).out_info
     assert tokens_BxT.shape == (16, 257)
