@@ -328,7 +328,7 @@ def _decoded(config: Config, batch: int, turns: Turns) -> Figures:
     seconds = turns.of({"prefill": lambda: engine.generate(params, prompts, 1, key),
                         "whole": lambda: engine.generate(params, prompts, new, key)})
     steps = [(whole - prefill) / (new - 1) for whole, prefill in zip(seconds["whole"], seconds["prefill"])]
-    if min(steps) <= 0:
+    if min(steps) <= 0 and not turns.rehearse:  # tiny steps drown in a busy CPU's noise
         raise ValueError(f"{new} tokens took no longer than one: the clock is too coarse for this")
     context = prompt + new // 2
     weights = sum(x.nbytes for name, tree in params.items() if name != "embedding" for x in jax.tree.leaves(tree))

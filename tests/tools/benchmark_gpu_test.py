@@ -180,6 +180,18 @@ class Clock(Turns):
         return {name: [{"prefill": 1.0, "whole": 1.0 + 32 * 0.5, "copy": 2.0}[name]] for name in sides}
 
 
+class Noise(Turns):
+    def of(self, sides):
+        return {name: [{"prefill": 1.0, "whole": 0.9, "copy": 2.0}[name]] for name in sides}
+
+
+def test_noise_is_no_speed_but_no_failure_of_a_rehearsal():
+    measure = functools.partial(benchmark_gpu_parts._decoded, benchmark_gpu_parts.eight(small=True), 1)
+    assert "of_copy" in measure(Noise(1, 0.1, rehearse=True))
+    with pytest.raises(ValueError, match="too coarse"):
+        measure(Noise(1, 0.1))
+
+
 def test_a_decoding_step_reads_each_weight_but_the_embedding_and_the_cache_so_far():
     config = benchmark_gpu_parts.eight(small=True)
     model, figures = LanguageModel(config.model), benchmark_gpu_parts._decoded(config, 3, Clock(1, 0.1, rehearse=True))
