@@ -60,6 +60,8 @@ SLOW: dict[str, tuple[str, ...]] = {
     "scaling/prediction_test.py": ("test_one_made_later_is_refused",),
     "scaling/extended_test.py": (r"test_the_law_comes_back.*\[repeated", "test_an_answer_at_a_budget"),
     "tools/aot_test.py": ("test_golden_by_the_command", r"test_golden\[(?!expert)"),
+    "tools/benchmark_gpu_test.py": (
+        r"test_every_part_runs.*\[(attention|decode|ssd|train)", r"test_the_training_step_lowers.*\[dots"),
     "tools/chaos_test.py": ("test_pieces_by_fault", "test_older_steps_are", "test_damage_comes", "test_a_disk_full_at_the_end"),
     "tools/compare_test.py": ("test_the_command",),
     "tools/data_tools_test.py": (r"test_train_tokenizer_gives",),

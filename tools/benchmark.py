@@ -5,8 +5,8 @@ of its own, so that a slow moment of a shared machine hits both; the ratio is th
 best float32 matrix product, measured between the turns. `mixers`: recurrent ones against attention, by length. `data` compares
 tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts the loss's temporaries,
 `checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults; `kernels`:
-implementations in turns; `aot`: what the TPU's compiler says, without a TPU. Nothing here is a test: of seconds, only the
-paired ratios mean anything.
+implementations in turns; `aot`: what the TPU's compiler says, without a TPU; `gpu`: what is asked of an H200, in a JSON, where
+one is (benchmark_gpu.py). Nothing here is a test: of seconds, only the paired ratios mean anything.
 """
 
 import multiprocessing
@@ -39,14 +39,18 @@ from research.models.s4 import S4
 from research.models.s4d import S4d
 from research.schema import Config, DataConfig, ModelConfig, OptimConfig, Source, Stage, TrainConfig
 from tools.benchmark_compiled import compiled_for_tpu
+from tools.benchmark_gpu import PARTS, gpu
+from tools.benchmark_gpu_parts import Turns
 from tools.benchmark_kernels import kernels
-from tools.benchmark_running import checkpoints, input_side, loss_memory, running, start, watched
+from tools.benchmark_running import batch_of, checkpoints, input_side, loss_memory, running, start, watched
 
 command_line.define_json_flag()
-flags.DEFINE_list("cases", [], "Which to measure: of train, or of mixers; all if not given.")
+flags.DEFINE_list("cases", [], "Which to measure: of train, of mixers, or parts of gpu; all if not given.")
 flags.DEFINE_integer("rounds", 5, "Turns of each side.", lower_bound=1)
 flags.DEFINE_float("seconds", 6.0, "Length of a turn.", lower_bound=0.1)
 flags.DEFINE_boolean("torch", True, "Measure torch, too, where it and transformers are installed.")
+flags.DEFINE_string("output", None, "Of gpu: a file for the JSON, written after each part, instead of printing it.")
+flags.DEFINE_boolean("rehearse", False, "Of gpu: all its parts at tiny shapes on the CPU, to see that the code runs.")
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
@@ -116,15 +120,6 @@ def ours(pipe: Connection, config: Config) -> None:
             jax.block_until_ready(metrics)
             steps += 1
         pipe.send((steps, time.perf_counter() - began, time.process_time() - busy))
-
-
-def batch_of(config: Config) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    shape = (1, config.train.batch_size, config.data.seq_len)
-    tokens = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
-    return {"tokens_BxL": tokens[..., :-1], "targets_BxL": tokens[..., 1:], "weights_BxL": np.ones(shape, np.float32),
-            "positions_BxL": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape),
-            "segment_ids_BxL": np.ones(shape, np.int32)}
 
 
 def theirs(pipe: Connection, config: Config) -> None:
@@ -309,7 +304,8 @@ def mixers() -> dict[str, Any]:
 
 VERBS = {"train": train, "mixers": mixers, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds),
          "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(max(FLAGS.rounds, 2)),
-         "aot": compiled_for_tpu, "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4)}
+         "aot": compiled_for_tpu, "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4),
+         "gpu": lambda: gpu(chosen(PARTS), Turns(FLAGS.rounds, FLAGS.seconds / 30, FLAGS.rehearse), FLAGS.output)}
 
 
 def main(argv: list[str]) -> int:
@@ -317,9 +313,10 @@ def main(argv: list[str]) -> int:
     if verb not in VERBS:
         raise InputError("verb", f"unknown {verb!r}" if verb else "is missing", nearest(verb, list(VERBS)))
     answer = VERBS[verb]()
-    if FLAGS.json or verb != "train":
+    if FLAGS.json or (verb != "train" and not FLAGS.output):
         command_line.print_json(answer)
-        return 0
+    if FLAGS.json or verb != "train":
+        return 1 if "failed" in answer and answer["failed"] else 0
     for entry in answer["cases"]:
         ratio = f"{entry['ratio']:.2f}x torch" if entry["ratio"] else "torch not measured"
         print(f"{entry['name']}: {entry['ours_tokens_per_second']:,.0f} tokens/s, {ratio}, "

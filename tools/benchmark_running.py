@@ -56,6 +56,16 @@ def running(config: Config, steps: int = 40) -> dict[str, float]:
     return {"data_wait_share": waited / took, "recompilations": len(programs), "steps": steps, "step_seconds": took / steps}
 
 
+def batch_of(config: Config) -> dict[str, np.ndarray]:
+    """A step's: one microbatch of whole rows of one document, with random tokens."""
+    rng = np.random.default_rng(0)
+    shape = (1, config.train.batch_size, config.data.seq_len)
+    tokens = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
+    return {"tokens_BxL": tokens[..., :-1], "targets_BxL": tokens[..., 1:], "weights_BxL": np.ones(shape, np.float32),
+            "positions_BxL": np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape),
+            "segment_ids_BxL": np.ones(shape, np.int32)}
+
+
 def watched(rounds: int, block: int = 20, save_every: int = 100) -> dict[str, Any]:
     """What guard, logs, TensorBoard, goodput and saves cost a run of the quickstart that no fault happens to.
 
