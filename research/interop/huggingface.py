@@ -27,7 +27,7 @@ from research.errors import InputError
 from research.interop import safetensors_files
 from research.interop.families import FAMILIES
 from research.interop.family import Family, Settings
-from research.interop.kept import CONFIG, DIRECTORY, IDS, load_kept, read_kept, write_kept
+from research.interop.kept import DIRECTORY, IDS, load_kept, read_kept, write_kept
 from research.interop.parameter_store import ParameterReader, ParameterWriter
 from research.interop.safetensors_files import TensorFiles, read_json
 from research.interop.tensor_map import Theirs, tensor_map
@@ -124,7 +124,7 @@ def export_model(workdir: str, target: str, step: int | None = None, shard_bytes
             pass
         reader.verify()
         tokenizer, kept = export_tokenizer(source, output), load_kept(source, config)
-        described = _described(family, model, settings, kept[CONFIG] if kept else {}, tokenizer)
+        described = _described(family, model, settings, kept[CONFIG_FILE] if kept else {}, tokenizer)
         described |= {"architectures": [family.architecture], "model_type": family.model_type,
                       "dtype" if "dtype" in described else "torch_dtype": str(arrays[next(iter(arrays))][0])}
         for name, content in (kept | {CONFIG_FILE: described}).items():

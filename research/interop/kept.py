@@ -15,15 +15,15 @@ from etils import epath
 from research.errors import InputError
 from research.interop.family import Family, Settings
 from research.interop.safetensors_files import read_json
-from research.schema import TOKENIZER, Config
+from research.schema import CONFIG_FILE, TOKENIZER, Config
 
-DIRECTORY, CONFIG, GENERATION = "huggingface", "config.json", "generation_config.json"
+DIRECTORY, GENERATION = "huggingface", "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_kept(directory: pathlib.Path, family: Family, config: Mapping[str, Any]) -> dict[str, Settings]:
     """File -> what is kept of it. Raises InputError: token ids that are none."""
-    kept = {CONFIG: {name: value for name, value in config.items()
+    kept = {CONFIG_FILE: {name: value for name, value in config.items()
                      if name in family.known or name in family.fixed or _is_flat(value)}}
     if os.path.lexists(directory / GENERATION):
         kept[GENERATION] = read_json(directory, GENERATION)
@@ -52,7 +52,7 @@ def load_kept(workdir: str | os.PathLike, config: Config) -> dict[str, Settings]
     directories = [epath.Path(place).expanduser() / DIRECTORY for place in places]
     directory = next((found for found in directories if found.exists()), directories[0])
     kept = {}
-    for name in (CONFIG, GENERATION):
+    for name in (CONFIG_FILE, GENERATION):
         path = directory / name
         if path.exists():
             try:
@@ -65,7 +65,7 @@ def load_kept(workdir: str | os.PathLike, config: Config) -> dict[str, Settings]
 def end_ids(workdir: str | os.PathLike, config: Config) -> tuple[int, ...]:
     """The tokens that end what an imported model generates: what transformers' generate stops at; () of other runs."""
     kept = load_kept(workdir, config)
-    for name in (GENERATION, CONFIG):
+    for name in (GENERATION, CONFIG_FILE):
         if name in kept and "eos_token_id" in kept[name] and kept[name]["eos_token_id"] is not None:
             found = _token_ids(f"{name}: eos_token_id", kept[name]["eos_token_id"])
             return tuple(i for i in found if 0 <= i < config.model.vocab_size)
