@@ -11,6 +11,7 @@ from experiments import command_line
 from research import tpu_flags
 from research.aot import calibration
 from research.aot.calibration import Published
+from research.aot.compile import check_libtpu
 from research.errors import InputError
 
 
@@ -27,6 +28,7 @@ def calibrate(path: str, seconds: float) -> dict[str, Any]:
         if time.monotonic() >= deadline:
             left += 1
             continue
+        check_libtpu()
         calibration.write(path, published, compiled(published))
     return {**calibration.summary(path), "left": left}
 

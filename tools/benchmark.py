@@ -5,8 +5,8 @@ of its own, so that a slow moment of a shared machine hits both; the ratio is th
 best float32 matrix product, measured between the turns. `mixers`: recurrent ones against attention, by length. `data` compares
 tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts temporaries of the loss
 and of the d256 step, `checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults;
-`kernels`: implementations in turns; `aot`: what the TPU's compiler says, without a TPU. Nothing here is a test: of seconds, only
-the paired ratios mean anything.
+`kernels`: implementations in turns; `aot`: what the TPU's compiler says, without a TPU. Nothing here is a test: of seconds,
+only the paired ratios mean anything.
 """
 
 import multiprocessing

@@ -5,6 +5,7 @@ What is taken from whom, and how far one carries to another: docs/tpu.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -67,12 +68,27 @@ PUBLISHED = (
 )
 
 
+def versions() -> dict[str, str | None]:
+    """Of PACKAGES; None for what isn't installed."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def made_with() -> dict[str, str | None]:
     """What decides what a compile measures: versions, and the revision of the code, "+" where it was changed since."""
     ours = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top)research/aot/{FILE.name}")
     revision = git("rev-parse", "HEAD")
-    return {**{name: importlib.metadata.version(name) for name in PACKAGES},
-            "revision": revision and revision + ("+" if ours else "")}
+    return {**versions(), "revision": revision and revision + ("+" if ours else "")}
+
+
+def strangers(path: str | os.PathLike = FILE) -> list[str]:
+    """Versions that rows of the estimate's file were measured with and that aren't the installed ones, in words."""
+    here = versions()
+    return sorted({f"{name} {row['made_with'][name]}" for row in read(path).values() for name in PACKAGES
+                   if row["made_with"][name] != here[name]})
 
 
 def read(path: str | os.PathLike = FILE) -> dict[str, dict[str, Any]]:

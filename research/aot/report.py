@@ -44,6 +44,9 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
             skippable=parts.attention if program.config.data.packed else 0.0)
     figures = time_and_money(parts, floors, program.config, compiled.topology, price)
     seconds = figures["step_seconds"]
+    if seconds and (strangers := calibration.strangers()):
+        warnings.append(f"the times' calibration was measured with {', '.join(strangers)}, not with what is installed here: "
+                        "python -m tools.aot --calibrate measures it again")
     return {
         "config": program.config.name, "topology": compiled.topology.name, "slices": compiled.slices, "chips": compiled.chips,
         "mesh": {axis: size for axis, size in mesh.items() if size > 1}, "memory": dict(vars(compiled.memory)), "flops": flops,

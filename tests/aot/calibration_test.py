@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from configs import preset
 from kernels import attention_pallas
 from kernels.visibility import Rule
 from research.aot import calibration, estimate
+from research.aot import compile as aot_compile
 from research.aot.calibration import PUBLISHED
 from research.aot.compile import tpu_topology
 from research.config import override, parse_assignments
@@ -36,7 +38,7 @@ def test_rows_go_into_the_file_and_come_out_as_runs(path):
         calibration.write(path, published, answer(2 * published.seconds))
     assert list(calibration.read(path)) == [first.name, last.name]  # in the table's order
     made = calibration.read(path)[first.name]["made_with"]
-    assert set(made) == {"jax", "libtpu", "revision"} and made["jax"]
+    assert set(made) == {"jax", "libtpu", "revision"} and made["jax"] == jax.__version__
     runs = calibration.runs(path)
     assert [(run.name, run.chip, run.seconds) for run in runs] == [(p.name, p.topology[:3], p.seconds) for p in (first, last)]
     assert runs[0].parts.seconds == 2 * first.seconds  # makes its projections again, as we do
@@ -88,6 +90,7 @@ def test_what_is_measured_already_stays_and_the_next_call_goes_on(path, monkeypa
         return answer(published.seconds + 0.5)
 
     monkeypatch.setattr(aot_calibration, "compiled", fake)
+    monkeypatch.setattr(aot_calibration, "check_libtpu", lambda: None)
     monkeypatch.setattr(calibration, "made_with", lambda: {"revision": "a"})
     assert aot_calibration.calibrate(path, 0.0)["left"] == len(PUBLISHED) and not compiled
     calibration.write(path, PUBLISHED[1], answer(1.0))
@@ -97,6 +100,22 @@ def test_what_is_measured_already_stays_and_the_next_call_goes_on(path, monkeypa
     json.dumps(found)
     monkeypatch.setattr(calibration, "made_with", lambda: {"revision": "b"})
     assert aot_calibration.calibrate(path, 60.0)["left"] == 0 and len(compiled) == 2 * len(PUBLISHED) - 1
+
+
+def test_rows_of_other_versions_are_told(path):
+    calibration.write(path, PUBLISHED[0], answer(1.0))
+    assert calibration.strangers(path) == []
+    rows = json.loads(path.read_text())
+    rows[PUBLISHED[0].name]["made_with"] |= {"jax": "0.1", "revision": "another"}
+    path.write_text(json.dumps(rows))
+    assert calibration.strangers(path) == ["jax 0.1"]
+
+
+def test_without_libtpu_nothing_is_begun(path, monkeypatch):
+    monkeypatch.setattr(aot_compile.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(aot_calibration, "compiled", None)
+    with pytest.raises(InputError, match="libtpu: the TPU compiler is not installed"):
+        aot_calibration.calibrate(path, 60.0)
 
 
 def test_a_compile_that_fails_is_one_line(monkeypatch):

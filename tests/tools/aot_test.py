@@ -26,6 +26,7 @@ from research.aot import compile as aot_compile
 from research.aot import hlo
 from research.aot import report as aot_report
 from research.aot.compile import Compiled, Memory, compile_for, no_cache, tpu_topology
+from research.aot.estimate import Interval
 from research.aot.hlo import Collective
 from research.config import override, parse_assignments
 from research.errors import InputError
@@ -283,6 +284,15 @@ def test_the_answer_says_that_a_loop_was_counted_once(devices):
                                                             "  %carry = (s32[]) tuple(%zero)"))
     answer = aot_report.report(known)
     assert answer["parts"]["unknown_loops"] == 0 and not any("don't say" in line for line in answer["warnings"])
+
+
+def test_the_answer_says_where_its_calibration_is_another_compilers(devices, monkeypatch):
+    compiled = Compiled(make_program(configured("fsdp"), devices), tpu_topology("v5e:2x2"), 1,
+                        Memory(1, 1, 2, 1, 16 * 2**30, True), LOOP, 1.0)
+    monkeypatch.setattr(aot_report.calibration, "strangers", lambda: ["libtpu 0.1"])
+    assert not any("libtpu 0.1" in line for line in aot_report.report(compiled)["warnings"])  # no time is shown
+    monkeypatch.setattr(aot_report.estimate, "step_seconds", lambda *given: (Interval(1.0, 1.0, 1.0), None))
+    assert any("measured with libtpu 0.1" in line for line in aot_report.report(compiled)["warnings"])
 
 
 def test_warnings_name_gathered_activations_and_wide_sums(devices):
