@@ -70,6 +70,7 @@ def pinned(answer: dict) -> dict:
 def check(answer: dict, name: str) -> None:
     golden = json.loads((GOLDEN / f"aot-{name}.json").read_text())
     assert answer["memory"]["fits"] and answer["estimated_cycles"] > 0
+    assert 0 < answer["parts"]["again"] < answer["parts"]["dense"] and answer["parts"]["unknown_loops"] == 0
     assert answer["flops"]["ratio"] == pytest.approx(answer["flops"]["step"] / answer["flops"]["model"])
     if MINOR in golden:
         found = pinned(answer)
