@@ -1,7 +1,9 @@
 """The table of published runs, the file of what was measured of them, and what docs/tpu.md says of both."""
 
+import configparser
 import dataclasses
 import json
+import pathlib
 
 import jax
 import pytest
@@ -17,6 +19,8 @@ from research.config import override, parse_assignments
 from research.errors import InputError
 from research.hardware import chip
 from tools import aot_calibration
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def answer(factor: float, **parts: float) -> dict:
@@ -149,3 +153,21 @@ def test_the_calibration_counts_attention_as_the_kernels_do(run):
     assert 0.5 < share == 0.5 + 256 / length
     flops = 4.5 * share * 4 * heads * 128 * length**2 * layers * rows
     assert run.parts.attention == pytest.approx(flops / chip(run.chip).peak("bfloat16"), abs=1e-3)
+
+
+def test_the_calibration_that_is_shipped_is_whole_and_documented():
+    """Every published run is measured, and docs/tpu.md gives its figures and whether an estimate may be shown."""
+    found = calibration.summary()
+    lines = (ROOT / "docs" / "tpu.md").read_text().splitlines()
+    for one in found["runs"]:
+        row = next(line for line in lines if line.startswith(f"| {one['name']} |"))
+        assert f"{one['seconds']:.2f} s | {one['formula']:.2f} s" in row and f"{one['residual']:+.1%}" in row.replace("*", "")
+    assert any(f"off by {found['worst']:.1%}" in line for line in lines)
+    assert found["shown"] == (found["worst"] <= estimate.MOST_ERROR)
+
+
+def test_the_file_goes_with_the_package():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    pattern = parser["options.package_data"]["research"].strip()
+    assert calibration.FILE in (ROOT / "research").glob(pattern)
