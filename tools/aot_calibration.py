@@ -55,9 +55,10 @@ def show_calibration(answer: dict[str, Any]) -> None:
         measured = one["measured"]
         parts = measured["parts"] if measured else {}
         made = measured["made_with"] if measured else {}
-        rows.append([one["name"], one["figure"], f"{one['seconds']:.2f} s", *(
+        aside = ", not in the scale: offloads" if one["offloads"] else ""
+        rows.append([one["name"], one["figure"].partition(":")[0], f"{one['seconds']:.2f} s", *(
             figure(parts[name] if parts else None, ".3f") for name in ("dense", "attention", "grouped", "unknown", "again")),
-            figure(one["formula"], ".2f"), figure(one["residual"], "+.1%"),
+            figure(one["formula"], ".2f"), figure(one["residual"], "+.1%") + aside,
             f"{measured['compile_seconds']:.0f} s" if measured else "-",
             " ".join(f"{name} {str(value)[:9]}" for name, value in made.items()) or "not measured"])
     command_line.print_table(rows)

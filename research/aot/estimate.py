@@ -155,7 +155,7 @@ def step_seconds(
         return None, f"the calibration is off by {error:.0%} at its worst"
     known = [name for name in CHIPS if name in {run.chip for run in runs}]
     if chip.name not in known:
-        return None, f"no published run on {chip.name} (calibrated: {', '.join(known)})"
+        return None, f"no published run on {chip.name} that can be compared (calibrated: {', '.join(known)})"
     mixers = {type(mixer) for stage in (*config.model.stages, *config.model.encoder_stages) for mixer in stage.pattern}
     if strange := sorted(mixer.__name__ for mixer in mixers if mixer not in CALIBRATED_MIXERS):
         return None, f"no published run has {', '.join(strange)}"
