@@ -34,6 +34,7 @@ def test_a_mixer_s_model_is_one_that_can_be_compared(name):
     assert 0.8 < sizes[0] / sizes[1] < 1.3
 
 
+@pytest.mark.slow
 def test_a_step_s_memory_is_of_both_its_programs():
     config = benchmark.row("two", benchmark.ATTENTION, 2, 64, 4)
     scanned = make_program(config).compile().memory_analysis().temp_size_in_bytes
