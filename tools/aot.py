@@ -4,7 +4,9 @@ Builds exactly the step that `experiments.train` would run, from shapes alone, a
 any machine: memory per chip, FLOPs, collectives over each mesh axis, the compiler's cycles. `--set mesh.slices=2` compiles for
 two slices. What each figure is and how far to trust it: docs/tpu.md.
 
-`--search [--minutes=30] [--output=FILE]` compiles layouts of it (rules, remat, microbatches) and prints the best that fits.
+`--search [--minutes=30] [--output=FILE]` compiles layouts of it (rules, remat, microbatches) and prints the best that fits, and
+what the run costs in it. `--calibrate [--minutes=30]` compiles the published runs that times are calibrated on, one after
+another, and writes what was measured where the estimate reads it; `--minutes=0` prints what is there.
 """
 
 import os
@@ -17,20 +19,24 @@ from tqdm import tqdm
 
 from experiments import command_line
 from research import tpu_flags
+from research.aot import calibration
 from research.aot.compile import compile_for, tpu_topology
 from research.aot.report import report
-from research.aot.search import Trial, best, search
+from research.aot.search import Trial, best, priced, search
 from research.errors import InputError
 from research.hardware import Topology
 from research.schema import Config
+from tools.aot_calibration import calibrate, show_calibration
 
 command_line.define_config_flags()
 command_line.define_json_flag()
 flags.DEFINE_string("topology", None, "A slice of research/hardware.py: v5p:4x4x4, v5e:16x16, v6e-256.")
 flags.DEFINE_float("price", None, "USD per chip-hour, instead of the list price.")
 flags.DEFINE_boolean("search", False, "Compile layouts (rules, remat, microbatches) of the same batch; name the best.")
-flags.DEFINE_float("minutes", 30.0, "With --search: no new compile after so long.")
-flags.DEFINE_string("output", None, "With --search: a file of what was tried; the next search goes on from it.")
+flags.DEFINE_boolean("calibrate", False, "Compile the published runs that times are calibrated on; print how far they carry.")
+flags.DEFINE_float("minutes", 30.0, "With --search and --calibrate: no new compile after so long.")
+flags.DEFINE_string("output", None, "With --search: a file of what was tried; the next search goes on from it. With "
+                    "--calibrate: a file of rows, instead of the one that the estimate reads.")
 flags.adopt_module_key_flags(command_line)
 FLAGS = flags.FLAGS
 
@@ -118,7 +124,7 @@ def layout(sets: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in sets.items() if value != 0)
 
 
-def show_search(trials: list[Trial], left: int) -> None:
+def show_search(trials: list[Trial], left: int, money: dict | None) -> None:
     rows = [["layout", "fits", "total", "FLOPs ratio", "links, at least", "compiler's seconds", ""]]
     chosen = best(trials)
     for trial in trials:
@@ -132,30 +138,55 @@ def show_search(trials: list[Trial], left: int) -> None:
                      "-" if ratio is None else f"{ratio:.2f}", *times, "<- best" if trial is chosen else ""])
     command_line.print_table(rows)
     print(f"\nbest: {layout(chosen.sets)}" if chosen else "\nnothing that was tried fits")
+    if money:
+        price = "no list price" if money["price"] is None else f"at {money['price']:.2f} USD a chip-hour"
+        print(f"its step takes {seconds(money['step_seconds'])}, the run {number(money['chip_hours'])} chip-hours, "
+              f"{number(money['cost'])} USD {price}" if money["step_seconds"] else
+              f"its time and cost aren't shown: {money['not_shown']}")
     print("the compiler's seconds rank layouts; they are no estimate of a step (docs/tpu.md)")
     if left:
         print(f"{left} layouts are left: give more --minutes, with --output to keep these")
 
 
+def check_output(path: str | None) -> None:
+    if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
+        raise InputError("--output", f"{path} can't be written", "name a file in a directory that is there")
+
+
 def run_search(config: Config, topology: Topology) -> None:
     if not 0 < FLAGS.minutes < float("inf"):
         raise InputError("--minutes", f"{FLAGS.minutes:g} isn't positive", "after so many, nothing new is compiled")
-    if FLAGS.output and (os.path.isdir(FLAGS.output) or not os.access(os.path.dirname(os.path.abspath(FLAGS.output)), os.W_OK)):
-        raise InputError("--output", f"{FLAGS.output} can't be written", "name a file in a directory that is there")
+    check_output(FLAGS.output)
 
     def started(sets: dict) -> None:
         print(f"compiling {layout(sets)}", file=sys.stderr)
 
     trials, left = search(config, topology, 60 * FLAGS.minutes, FLAGS.output, started)
     chosen = best(trials)
+    money = None if chosen is None else priced(chosen, config, topology, FLAGS.price)
     if FLAGS.json:
         command_line.print_json({"trials": [vars(trial) for trial in trials], "left": left,
-                                 "best": None if chosen is None else dict(chosen.sets)})
+                                 "best": None if chosen is None else dict(chosen.sets), "best_figures": money})
     else:
-        show_search(trials, left)
+        show_search(trials, left, money)
+
+
+def run_calibration() -> None:
+    """Each in a process of its own: the compiler reads its flags, which are the chip's, once in a process's life."""
+    if given := [f"--{name}" for name in ("config", "set", "topology", "price", "search") if FLAGS[name].present]:
+        raise InputError(given[0], "doesn't go with --calibrate", "the published runs have their own flags")
+    if not 0 <= FLAGS.minutes < float("inf"):
+        raise InputError("--minutes", f"{FLAGS.minutes:g} is negative", "0 compiles nothing and prints what is there")
+    path = FLAGS.output or str(calibration.FILE)
+    check_output(path)
+    answer = calibrate(path, 60 * FLAGS.minutes)
+    command_line.print_json(answer) if FLAGS.json else show_calibration(answer)
 
 
 def main(_: list[str]) -> int:
+    if FLAGS.calibrate:
+        run_calibration()
+        return 0
     if FLAGS.topology is None:
         raise InputError("--topology", "is missing", "name a slice, e.g. --topology=v5p:4x4x4")
     if not FLAGS.search and (given := [f"--{name}" for name in ("minutes", "output") if FLAGS[name].present]):

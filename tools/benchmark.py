@@ -3,10 +3,10 @@
 `train`: our step and torch + transformers' Llama of the same shapes (extra `hf`, and torch) take turns, each in a process
 of its own, so that a slow moment of a shared machine hits both; the ratio is the median over rounds. Ceiling: this machine's
 best float32 matrix product, measured between the turns. `mixers`: recurrent ones against attention, by length. `data` compares
-tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts the loss's temporaries,
-`checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults; `kernels`:
-implementations in turns; `aot`: what the TPU's compiler says, without a TPU; `gpu`: what is asked of an H200, in a JSON, where
-one is (benchmark_gpu.py). Nothing here is a test: of seconds, only the paired ratios mean anything.
+tokenizing and loading with Hugging Face's, `start` times a launch to its first step, `memory` counts temporaries of the loss
+and of the d256 step, `checkpoint` what saving costs the loop, `watched` what guard, logs and saves cost a run without faults;
+`kernels`: implementations in turns; `aot`: what the TPU's compiler says, without a TPU; `gpu`: what is asked of an H200, in a
+JSON, where one is (benchmark_gpu.py). Nothing here is a test: of seconds, only the paired ratios mean anything.
 """
 
 import multiprocessing
@@ -42,7 +42,7 @@ from tools.benchmark_compiled import compiled_for_tpu
 from tools.benchmark_gpu import PARTS, gpu
 from tools.benchmark_gpu_parts import Turns
 from tools.benchmark_kernels import kernels
-from tools.benchmark_running import batch_of, checkpoints, input_side, loss_memory, running, start, watched
+from tools.benchmark_running import batch_of, checkpoints, input_side, loss_memory, running, start, step_memory, watched
 
 command_line.define_json_flag()
 flags.DEFINE_list("cases", [], "Which to measure: of train, of mixers, or parts of gpu; all if not given.")
@@ -303,8 +303,9 @@ def mixers() -> dict[str, Any]:
 
 
 VERBS = {"train": train, "mixers": mixers, "data": lambda: input_side(FLAGS.rounds), "start": lambda: start(FLAGS.rounds),
-         "memory": loss_memory, "checkpoint": checkpoints, "watched": lambda: watched(max(FLAGS.rounds, 2)),
-         "aot": compiled_for_tpu, "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4),
+         "memory": lambda: {**loss_memory(), "d256_step": step_memory(CASES["d256"])}, "checkpoint": checkpoints,
+         "watched": lambda: watched(max(FLAGS.rounds, 2)), "aot": compiled_for_tpu,
+         "kernels": lambda: kernels(FLAGS.rounds, FLAGS.seconds / 4),
          "gpu": lambda: gpu(chosen(PARTS), Turns(FLAGS.rounds, FLAGS.seconds / 30, FLAGS.rehearse), FLAGS.output)}
 
 

@@ -186,6 +186,15 @@ def loss_memory(tokens: int = 4096, dim: int = 256) -> dict[str, Any]:
     return found
 
 
+def step_memory(config: Config) -> dict[str, int]:
+    """Temporaries (bytes) of a config's step, its layers in a loop and one after another."""
+    found = {}
+    for name, unroll in (("scanned", 1), ("unrolled", config.model.stages[0].repeats)):
+        compiled = make_program(override(config, {"model.unroll": unroll})).compile()
+        found[name] = compiled.memory_analysis().temp_size_in_bytes
+    return found
+
+
 def start(rounds: int) -> dict[str, Any]:
     """Seconds from starting Python to the end of the first step of `debug`, in a new process each, compiled programs kept."""
     seconds = []

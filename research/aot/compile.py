@@ -79,14 +79,19 @@ def tpu_topology(text: str, where: str = "--topology") -> Topology:
     return topology
 
 
+def check_libtpu() -> None:
+    """Raises InputError where the compiler isn't installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("libtpu", "the TPU compiler is not installed", 'pip install "rung[tpu]"')
+
+
 def devices_of(topology: Topology, slices: int = 1) -> Sequence[Any]:
     """The devices of so many slices that aren't there.
 
     Raises:
       InputError: libtpu isn't installed, or knows no such slice.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError("libtpu", "the TPU compiler is not installed", 'pip install "rung[tpu]"')
+    check_libtpu()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -19,10 +19,13 @@ from research.models.moe import Moe
 from research.schema import Config
 
 ATTENTION_SHARE, GROUPED_SHARE = 0.5, 0.85  # of a chip's peak, in kernels whose cycles the compiler doesn't know: assumed
+LEAST_RUNS = 4  # published ones, below which nothing is shown
 MOST_ERROR = 0.15  # of a published run by the others: beyond it nothing is shown
 MOST_UNKNOWN = 0.15  # of the cycles, in what no published run has
 MOST_COLLECTIVES = 0.25  # of the step, as a floor: the published runs hide theirs, up to 10% of the step
 LEAST_DIM = 2048  # half of the narrowest published run's: below it, what a product costs besides its FLOPs is another matter
+# Attention's projections, among what the backward pass makes again.
+AGAIN = re.compile(r"rematted_computation/.*/attention_\d+/(attention_\d+\._project/)?dot_general")
 CALIBRATED_MIXERS = (Attention, GatedMlp, Moe)
 
 
@@ -41,8 +44,10 @@ class Parts:
     """Seconds of a step on one device.
 
     dense: the compiler's cycles over the clock, but for attention. The kernels are what they say of their FLOPs, at the peak:
-    attention, and grouped products. unknown: attention without a kernel (its cycles), and kernels that aren't known here.
-    silent: how many kernels say nothing; they are in no sum.
+    attention, and grouped products. unknown: attention without a kernel (its cycles), kernels that aren't known here, and what
+    the compiler has no idea of (what goes in and comes out, over the memory's bandwidth).
+    silent: how many kernels say nothing; they are in no sum. unknown_loops: how many loops don't say how often they run; each
+    is counted once. again: of dense, attention's projections that the backward pass makes a second time.
     """
 
     dense: float
@@ -50,6 +55,8 @@ class Parts:
     grouped: float = 0.0
     unknown: float = 0.0
     silent: int = 0
+    unknown_loops: int = 0
+    again: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -59,22 +66,12 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A published run, and the parts of our compile of its shapes."""
+    """A published run, and the parts of our compile of its shapes (calibration.py has the table)."""
 
     name: str
     chip: str
     seconds: float  # published, or from the published throughput
     parts: Parts
-
-
-# MaxText's runs (docs/tpu.md has sources, shapes, what was adjusted, and the residuals), compiled with libtpu 0.0.42.1.
-CALIBRATION = (
-    Run("16B, v5e-256", "v5e", 10.30, Parts(9.594, attention=0.377)),
-    Run("32B, v5e-256", "v5e", 12.09, Parts(14.278, attention=0.251)),
-    Run("Llama 2 70B, v5p-512", "v5p", 23.68, Parts(23.278, attention=0.970)),
-    Run("Mixtral 8x7B, v5p-128", "v5p", 50.69, Parts(20.118, attention=1.746, grouped=28.975)),
-    Run("Llama 3.1 8B, v6e-256", "v6e", 4.546, Parts(4.154, attention=0.367)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +108,23 @@ def _received(collective: Collective) -> float:
 
 def parts(program: hlo.Program, chip: Chip, dtype: str) -> Parts:
     """Of a compiled step; kernels are told apart by name."""
-    cycles = {"dense": 0, "unknown": 0}
-    flops, silent = {"attention": 0.0, "grouped": 0.0, "unknown": 0.0}, 0
-    for _, instruction, times in hlo.walk(program):
+    cycles = {"dense": 0, "unknown": 0, "again": 0}
+    flops, moved, silent = {"attention": 0.0, "grouped": 0.0, "unknown": 0.0}, 0, 0
+    for where, instruction, times in hlo.walk(program):
         if instruction.attribute(r'custom_call_target="(tpu_custom_call)"'):
             declared = float(instruction.attribute(r'"flops":"(-?\d+)"') or 0)
             flops[_kernel(instruction)] += times * declared
             silent += declared <= 0 and "pallas_call" in instruction.op_name
+        elif instruction.is_beyond_it:
+            shapes = (instruction.shape, *(program.computations[where][name].shape for name in instruction.operands))
+            moved += times * sum(hlo.size(*array) for shape in shapes for array in hlo.arrays(shape))
         else:
             cycles["unknown" if "._attend/" in instruction.op_name else "dense"] += times * instruction.cycles
+            cycles["again"] += times * instruction.cycles * bool(AGAIN.search(instruction.op_name))
     peak = chip.peak(dtype) / chip.devices
-    return Parts(cycles["dense"] / chip.clock_hz, flops["attention"] / peak, flops["grouped"] / peak,
-                 cycles["unknown"] / chip.clock_hz + flops["unknown"] / peak, silent)
+    unknown = cycles["unknown"] / chip.clock_hz + flops["unknown"] / peak + moved / (chip.hbm_bandwidth / chip.devices)
+    return Parts(cycles["dense"] / chip.clock_hz, flops["attention"] / peak, flops["grouped"] / peak, unknown, silent,
+                 hlo.unknown_loops(program), cycles["again"] / chip.clock_hz)
 
 
 def _kernel(instruction: hlo.Instruction) -> str:
@@ -132,7 +134,7 @@ def _kernel(instruction: hlo.Instruction) -> str:
     return "attention" if re.search(r"_attend/|flash|attention", name) else "unknown"
 
 
-def calibration(runs: Sequence[Run] = CALIBRATION) -> tuple[float, dict[str, float]]:
+def calibration(runs: Sequence[Run]) -> tuple[float, dict[str, float]]:
     """(scale, residuals): seconds are `Parts.seconds` over the scale, the geometric mean over the runs; and for each run the
     relative error of what the scale of the other runs says of it."""
     logs = {run.name: math.log(run.parts.seconds / run.seconds) for run in runs}
@@ -142,10 +144,10 @@ def calibration(runs: Sequence[Run] = CALIBRATION) -> tuple[float, dict[str, flo
 
 
 def step_seconds(
-    step: Parts, floor: Floors, config: Config, chip: Chip, runs: Sequence[Run] = CALIBRATION,
+    step: Parts, floor: Floors, config: Config, chip: Chip, runs: Sequence[Run],
 ) -> tuple[Interval | None, str | None]:
     """(interval, None), or (None, why the calibration doesn't carry it)."""
-    if len(runs) < 4:
+    if len(runs) < LEAST_RUNS:
         return None, "the estimate isn't calibrated"
     scale, residuals = calibration(runs)
     error = max(map(abs, residuals.values()))
@@ -153,7 +155,7 @@ def step_seconds(
         return None, f"the calibration is off by {error:.0%} at its worst"
     known = [name for name in CHIPS if name in {run.chip for run in runs}]
     if chip.name not in known:
-        return None, f"no published run on {chip.name} (calibrated: {', '.join(known)})"
+        return None, f"no published run on {chip.name} that can be compared (calibrated: {', '.join(known)})"
     mixers = {type(mixer) for stage in (*config.model.stages, *config.model.encoder_stages) for mixer in stage.pattern}
     if strange := sorted(mixer.__name__ for mixer in mixers if mixer not in CALIBRATED_MIXERS):
         return None, f"no published run has {', '.join(strange)}"
@@ -167,6 +169,8 @@ def step_seconds(
         return None, "no published run splits rows, of which the last device has the most work"
     if step.silent:
         return None, f"{step.silent} Pallas kernels don't say their cost"
+    if step.unknown_loops:
+        return None, f"{step.unknown_loops} loops don't say how often they run, and are counted once"
     if step.unknown > MOST_UNKNOWN * step.seconds:
         return None, (f"{step.unknown / step.seconds:.0%} of the compiler's time is attention without a kernel, or in kernels "
                       "that no published run has")

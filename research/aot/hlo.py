@@ -15,6 +15,8 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 CALLS = ("call", "call-start", "async-start")  # of a computation; call-start: on another core of the chip (tpu7x's collectives)
+NO_IDEA = str(2**63 - 1)  # of an instruction's cycles
+_CYCLES = r'"estimated_cycles":"(\d+)"'
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
@@ -48,7 +50,12 @@ class Instruction:
     @property
     def cycles(self) -> int:
         """The compiler's own estimate for running it once; 0 where it has none."""
-        return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+        return 0 if self.is_beyond_it else int(self.attribute(_CYCLES) or 0)
+
+    @property
+    def is_beyond_it(self) -> bool:
+        """Does the compiler say that it has no idea (scatters on the sparse cores)?"""
+        return self.attribute(_CYCLES) == NO_IDEA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +123,11 @@ def size(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * bits // 8
 
 
-def trip_count(program: Program, computation: str, loop: Instruction) -> int:
-    """How often a counted loop runs its body; 1 where the text doesn't say.
+def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
+    """How often a counted loop runs its body; None where the text doesn't say.
 
-    The compiler writes it down, or the condition compares the counter, an element of the loop's tuple, with a constant.
+    The compiler writes it down, or the condition compares the counter, an element of the loop's tuple that begins at a constant
+    and grows by one, with a third.
     """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
         return int(known)
@@ -127,19 +135,20 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     body = program.computations[loop.attribute(r"body=%([\w.\-]+)")]
     compare = next((i for i in condition.values() if i.opcode == "compare" and i.is_root), None)
     if compare is None or compare.attribute(r"direction=(\w+)") != "LT":
-        return 1
+        return None
     counter, limit = (condition[name] for name in compare.operands)
     index = counter.attribute(r"index=(\d+)")
     if counter.opcode != "get-tuple-element" or limit.opcode != "constant" or index is None:
-        return 1
-    start = _element(program.computations[computation], program.computations[computation][loop.operands[0]], int(index))
-    step = next((i for i in body.values() if i.is_root), None)
-    step = _element(body, step, int(index)) if step else None
-    increment = next((body[name] for name in (step.operands if step and step.opcode == "add" else ())
-                      if body[name].opcode == "constant"), None)
-    first = _constant(start) if start is not None and start.opcode == "constant" else 0
-    by = _constant(increment) if increment else 1
-    return max(0, -(-(_constant(limit) - first) // by))
+        return None
+    outside = program.computations[computation]
+    start = _element(outside, outside[loop.operands[0]], int(index))
+    root = next((i for i in body.values() if i.is_root), None)
+    step = _element(body, root, int(index)) if root else None
+    by = next((body[name] for name in (step.operands if step and step.opcode == "add" else ())
+               if body[name].opcode == "constant"), None)
+    if start is None or start.opcode != "constant" or by is None:
+        return None
+    return max(0, -(-(_constant(limit) - _constant(start)) // _constant(by)))
 
 
 def _element(instructions: Mapping[str, Instruction], value: Instruction, index: int) -> Instruction | None:
@@ -159,15 +168,16 @@ def _constant(instruction: Instruction) -> int:
 def walk(program: Program, into_fusions: bool = False) -> Iterator[tuple[str, Instruction, int]]:
     """(computation, instruction, times) of everything that a step runs, each as often as its loops run it.
 
-    A fusion is one instruction unless `into_fusions`. Of a conditional every branch is there: read it as an upper bound.
+    A fusion is one instruction unless `into_fusions`. Of a conditional every branch is there: read it as an upper bound. A loop
+    whose length isn't known is there once: `unknown_loops` says how many are.
     """
 
     def visit(name: str, times: int) -> Iterator[tuple[str, Instruction, int]]:
         for instruction in program.computations[name].values():
             yield name, instruction, times
             if instruction.opcode == "while":
-                count = times * trip_count(program, name, instruction)
-                yield from visit(instruction.attribute(r"body=%([\w.\-]+)"), count)
+                count = trip_count(program, name, instruction)
+                yield from visit(instruction.attribute(r"body=%([\w.\-]+)"), times * (1 if count is None else count))
             elif instruction.opcode in CALLS or (into_fusions and instruction.opcode == "fusion"):
                 yield from visit(instruction.attribute(r"(?:calls|to_apply)=%([\w.\-]+)"), times)
             elif instruction.opcode == "conditional":
@@ -177,6 +187,12 @@ def walk(program: Program, into_fusions: bool = False) -> Iterator[tuple[str, In
                     yield from visit(branch, times)
 
     yield from visit(program.entry, 1)
+
+
+def unknown_loops(program: Program) -> int:
+    """How many loops the text has whose lengths it doesn't say: what they run is counted once."""
+    found = {(name, i.name): trip_count(program, name, i) for name, i, _ in walk(program) if i.opcode == "while"}
+    return sum(count is None for count in found.values())
 
 
 def cycles(program: Program) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import collections
 import math
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from kernels.cross_entropy import BLOCK_GATHER
-from research.aot import estimate, hlo
+from research.aot import calibration, estimate, hlo
 from research.aot.advice import what_would_help
 from research.aot.compile import Compiled, state_bytes, step_flops
-from research.aot.estimate import Interval
+from research.aot.estimate import Floors, Parts
 from research.aot.hlo import Collective
+from research.hardware import Topology
+from research.schema import Config
 from research.training.program import Program
 
 SHARE = 0.01  # of the bytes of a step's collectives, below which one is no matter
@@ -23,9 +25,8 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
     program, chip = compiled.program, compiled.topology.chip
     mesh = dict(program.layout.mesh.shape)
     warnings: list[str] = []
-    flops = _flops(program, warnings)
-    found, cycles, parts, floors, seconds = None, None, None, None, None
-    reason = "the step doesn't compile: it doesn't fit"
+    flops, dtype = _flops(program, warnings), program.config.model.compute_dtype
+    found, cycles, parts, floors = None, None, None, None
     if compiled.text is not None:
         parsed = hlo.parse(compiled.text)
         found, cycles = hlo.collectives(parsed, mesh), hlo.cycles(parsed)
@@ -33,34 +34,50 @@ def report(compiled: Compiled, price: float | None = None) -> dict[str, Any]:
         if compiled.memory.total > compiled.memory.hbm:
             warnings.append("the compiler's own sum of the memory is above the chip's, and yet it placed the program: it "
                             "counts buffers that share their place; peak says what is alive at one time")
-        dtype = program.config.model.compute_dtype
         parts = estimate.parts(parsed, chip, dtype)
+        if parts.unknown_loops:
+            warnings.append(f"{parts.unknown_loops} loops don't say how often they run: what is in them is counted once, so "
+                            "cycles, collectives and parts are too low")
         # Documents in a packed row hide blocks of keys from each other, which the kernels then skip; how many, a batch decides.
         floors = estimate.floors(
             flops["step"] or flops["model"], chip.devices * state_bytes(program), found, chip, compiled.chips, dtype,
             skippable=parts.attention if program.config.data.packed else 0.0)
-        seconds, reason = estimate.step_seconds(parts, floors, program.config, chip)
-    price = chip.price_per_hour if price is None else price
-    hours = seconds and _times(seconds, program.config.train.steps * compiled.chips / 3600)
+    figures = time_and_money(parts, floors, program.config, compiled.topology, price)
+    seconds = figures["step_seconds"]
+    if seconds and (strangers := calibration.strangers()):
+        warnings.append(f"the times' calibration was measured with {', '.join(strangers)}, not with what is installed here: "
+                        "python -m tools.aot --calibrate measures it again")
     return {
         "config": program.config.name, "topology": compiled.topology.name, "slices": compiled.slices, "chips": compiled.chips,
         "mesh": {axis: size for axis, size in mesh.items() if size > 1}, "memory": dict(vars(compiled.memory)), "flops": flops,
         "collectives": None if found is None else summed(found), "estimated_cycles": cycles,
         "parts": parts and {**vars(parts), "seconds": parts.seconds}, "floors": floors and dict(vars(floors)),
-        "step_seconds": seconds and dict(vars(seconds)), "not_shown": reason,
-        "mfu": seconds and _over(flops["model"] / compiled.chips / chip.peak(dtype), seconds),
-        "tokens_per_step": program.tokens_per_step, "steps": program.config.train.steps, "chip_hours": hours, "price": price,
-        "cost": None if hours is None or price is None else {name: value * price for name, value in hours.items()},
+        **figures, "mfu": seconds and _over(flops["model"] / compiled.chips / chip.peak(dtype), seconds),
+        "tokens_per_step": program.tokens_per_step, "steps": program.config.train.steps,
         "compile_seconds": compiled.seconds, "warnings": warnings,
         "help": [] if compiled.memory.fits else what_would_help(program.config, compiled.memory, mesh, compiled.topology)}
 
 
-def _times(interval: Interval, factor: float) -> dict[str, float]:
-    return {name: value * factor for name, value in vars(interval).items()}
+def time_and_money(
+    parts: Parts | None, floors: Floors | None, config: Config, topology: Topology, price: float | None,
+) -> dict[str, Any]:
+    """step_seconds, chip_hours and cost of the run that `config` is ({value, low, high}; None where not_shown says why), by the
+    calibration that is shipped. No parts: the step doesn't fit. `price` as in `report`."""
+    seconds, reason = None, "the step doesn't compile: it doesn't fit"
+    if parts is not None and floors is not None:
+        seconds, reason = estimate.step_seconds(parts, floors, config, topology.chip, calibration.runs())
+    price = topology.chip.price_per_hour if price is None else price
+    hours = seconds and _times(vars(seconds), config.train.steps * topology.chips * config.mesh.slices / 3600)
+    return {"step_seconds": seconds and dict(vars(seconds)), "not_shown": reason, "chip_hours": hours, "price": price,
+            "cost": None if hours is None or price is None else _times(hours, price)}
 
 
-def _over(number: float, interval: Interval) -> dict[str, float]:
-    return {"value": number / interval.value, "low": number / interval.high, "high": number / interval.low}
+def _times(interval: Mapping[str, float], factor: float) -> dict[str, float]:
+    return {name: value * factor for name, value in interval.items()}
+
+
+def _over(number: float, interval: Mapping[str, float]) -> dict[str, float]:
+    return {"value": number / interval["value"], "low": number / interval["high"], "high": number / interval["low"]}
 
 
 def _flops(program: Program, warnings: list[str]) -> dict[str, float | None]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from research.aot.compile import compile_for, devices_of, state_bytes
-from research.aot.report import report
+from research.aot.estimate import Floors, Parts
+from research.aot.report import report, time_and_money
 from research.config import override, to_json
 from research.errors import InputError
 from research.hardware import Topology
@@ -124,6 +125,15 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     """The fastest by the compiler's cycles, of those that fit."""
     fitting = [trial for trial in trials if trial.fits]
     return min(fitting, key=lambda trial: trial.seconds) if fitting else None
+
+
+def priced(trial: Trial, config: Config, topology: Topology, price: float | None) -> dict[str, Any]:
+    """`time_and_money` of the run in a layout that fits. `price`: USD per chip-hour; None takes the list price.
+
+    From the trial's parts, so one that was kept in a file has today's calibration.
+    """
+    parts = Parts(**{name: value for name, value in trial.answer["parts"].items() if name != "seconds"})
+    return time_and_money(parts, Floors(**trial.answer["floors"]), override(config, dict(trial.sets)), topology, price)
 
 
 def _read(path: str | None, key: Mapping[str, Any]) -> list[Trial]:

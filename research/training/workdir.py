@@ -58,7 +58,8 @@ class Lock:
             self._file = None
 
 
-def _git(*args: str) -> str | None:
+def git(*args: str) -> str | None:
+    """What git says of the checkout that this file is in; None where it is in none."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         run = subprocess.run(["git", "-C", here, *args], capture_output=True, timeout=20, check=True)
@@ -72,12 +73,12 @@ def provenance(corpus_hash: str) -> dict[str, Any]:
     versions = {"rung": SCHEMA_VERSION}
     for name in PACKAGES:
         versions[name] = importlib.metadata.version(name)
-    diff = _git("diff", "HEAD")
+    diff = git("diff", "HEAD")
     device = jax.devices()[0]
     return {
         "versions": versions, "devices": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count(),
                                           "processes": jax.process_count()},
-        "git": {"revision": _git("rev-parse", "HEAD"),
+        "git": {"revision": git("rev-parse", "HEAD"),
                 "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None},
         "corpus_sha256": corpus_hash,
     }

@@ -93,6 +93,30 @@ def test_cycles_are_multiplied_by_both_loops(program):
     assert hlo.cycles(program) == 10 * (100 + 100) + 10 * 3 * 3
 
 
+HIDDEN = {  # of the inner loop: where it begins, by how much it grows, how it ends
+    "start": ("%start4 = s32[]{:T(128)} copy(%zero4)", "%start4 = s32[]{:T(128)} get-tuple-element(%t4), index=0"),
+    "step": ("%two = s32[]{:T(128)} constant(2)", "%two = s32[]{:T(128)} get-tuple-element(%t2), index=0"),
+    "end": ("%limit1 = s32[]{:T(128)} constant(5)", "%limit1 = s32[]{:T(128)} get-tuple-element(%t1), index=0"),
+    "comparison": ("compare(%i1, %limit1), direction=LT", "compare(%i1, %limit1), direction=NE"),
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_a_loop_that_does_not_say_its_length_is_counted_once_and_told(hidden, program):
+    assert hlo.unknown_loops(program) == 0 and PROGRAM.count(HIDDEN[hidden][0]) == 1
+    other = hlo.parse(PROGRAM.replace(*HIDDEN[hidden]))
+    assert hlo.unknown_loops(other) == 1  # once, though the loop around it runs ten times
+    assert hlo.cycles(other) == 10 * (100 + 100) + 10 * 1 * 3
+
+
+def test_what_the_compiler_has_no_idea_of_has_no_cycles():
+    """As it writes scatters on v5p's sparse cores."""
+    text = PROGRAM.replace('"estimated_cycles":"100"', f'"estimated_cycles":"{2**63 - 1}"')
+    found = hlo.parse(text)
+    assert hlo.cycles(found) == 10 * 3 * 3 and found.computations["body"]["full"].is_beyond_it
+    assert not found.computations["inner"]["work"].is_beyond_it and not found.computations["body"]["out4"].is_beyond_it
+
+
 def test_a_trip_count_that_is_written_down_is_taken():
     text = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"4"}}')
     assert hlo.cycles(hlo.parse(text)) == 4 * (100 + 100) + 4 * 3 * 3

@@ -14,16 +14,19 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 import tools  # noqa: F401  (prepares the environment before JAX starts, as the command does)
 from configs import preset
 from kernels.cross_entropy import BLOCK_GATHER
 from research.aot import advice as aot_advice
 from research.aot import compile as aot_compile
+from research.aot import hlo
 from research.aot import report as aot_report
-from research.aot import search as aot_search
-from research.aot.compile import Memory, compile_for, no_cache, tpu_topology
+from research.aot.compile import Compiled, Memory, compile_for, no_cache, tpu_topology
+from research.aot.estimate import Interval
 from research.aot.hlo import Collective
 from research.config import override, parse_assignments
 from research.errors import InputError
@@ -67,6 +70,7 @@ def pinned(answer: dict) -> dict:
 def check(answer: dict, name: str) -> None:
     golden = json.loads((GOLDEN / f"aot-{name}.json").read_text())
     assert answer["memory"]["fits"] and answer["estimated_cycles"] > 0
+    assert 0 < answer["parts"]["again"] < answer["parts"]["dense"] and answer["parts"]["unknown_loops"] == 0
     assert answer["flops"]["ratio"] == pytest.approx(answer["flops"]["step"] / answer["flops"]["model"])
     if MINOR in golden:
         found = pinned(answer)
@@ -112,6 +116,9 @@ REFUSED = (
     (("--topology=v5e:2x2",), "--config: is missing"),
     (("--config=llama_tiny", "--topology=v5e:2x2", "--price=nan"), "--price: nan isn't positive"),
     (("--config=llama_tiny", "--topology=v5e:2x2", "--minutes=3"), "--minutes: belongs to a search"),
+    (("--config=llama_tiny", "--calibrate"), "--config: doesn't go with --calibrate"),
+    (("--calibrate", "--minutes=-1"), "--minutes: -1 is negative"),
+    (("--calibrate", "--output=/nowhere/rows.json"), "--output: /nowhere/rows.json can't be written"),
     (("--config=llama_tiny", "--topology=v5e:2x2", "--search", "--minutes=-1"), "--minutes: -1 isn't positive"),
     (("--config=llama_tiny", "--topology=v5e:2x2", "--set=mesh.fsdp=3", "--set=mesh.rules=fsdp"), "do not multiply to the 4"),
 )
@@ -231,6 +238,64 @@ def test_a_larger_slice_is_one_with_room_for_what_the_compiler_refused(total, sl
     assert line.startswith(f"--topology=v5e:{slice} ")
 
 
+@needs_libtpu
+def test_a_compiled_loop_of_unknown_length_is_told():
+    """One that ends by what it computes, around one that is counted: as libtpu writes them."""
+    device = aot_compile.devices_of(tpu_topology("v5e:2x2"))[0]
+
+    def run(x_NxN):
+        turn = lambda _, y_NxN: jnp.tanh(y_NxN @ x_NxN)
+        return jax.lax.while_loop(lambda y: jnp.sum(y) < 9.0, lambda y: jax.lax.fori_loop(0, 6, turn, y), x_NxN)
+
+    with no_cache():
+        shape = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=SingleDeviceSharding(device))
+        program = hlo.parse(jax.jit(run).lower(shape).compile().as_text())
+    counts = [hlo.trip_count(program, where, i) for where, i, _ in hlo.walk(program) if i.opcode == "while"]
+    assert sorted(counts, key=str) == [6, None] and hlo.unknown_loops(program) == 1
+
+
+LOOP = """ENTRY %main (p: s32[]) -> s32[] {
+  %p = s32[] parameter(0)
+  %carry = (s32[]) tuple(%p)
+  ROOT %loop = (s32[]) while(%carry), condition=%condition, body=%body
+}
+%condition (t: (s32[])) -> pred[] {
+  %t = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %limit = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+%body (u: (s32[])) -> (s32[]) {
+  %u = (s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%u), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%j, %one)
+  ROOT %out = (s32[]) tuple(%next)
+}
+"""
+
+
+def test_the_answer_says_that_a_loop_was_counted_once(devices):
+    topology = tpu_topology("v5e:2x2")
+    program = make_program(configured("fsdp"), devices)
+    compiled = Compiled(program, topology, 1, Memory(1, 1, 2, 1, 16 * 2**30, True), LOOP, 1.0)
+    answer = aot_report.report(compiled)
+    assert answer["parts"]["unknown_loops"] == 1 and any("1 loops don't say" in line for line in answer["warnings"])
+    known = dataclasses.replace(compiled, text=LOOP.replace("%carry = (s32[]) tuple(%p)", "%zero = s32[] constant(0)\n"
+                                                            "  %carry = (s32[]) tuple(%zero)"))
+    answer = aot_report.report(known)
+    assert answer["parts"]["unknown_loops"] == 0 and not any("don't say" in line for line in answer["warnings"])
+
+
+def test_the_answer_says_where_its_calibration_is_another_compilers(devices, monkeypatch):
+    compiled = Compiled(make_program(configured("fsdp"), devices), tpu_topology("v5e:2x2"), 1,
+                        Memory(1, 1, 2, 1, 16 * 2**30, True), LOOP, 1.0)
+    monkeypatch.setattr(aot_report.calibration, "strangers", lambda: ["libtpu 0.1"])
+    assert not any("libtpu 0.1" in line for line in aot_report.report(compiled)["warnings"])  # no time is shown
+    monkeypatch.setattr(aot_report.estimate, "step_seconds", lambda *given: (Interval(1.0, 1.0, 1.0), None))
+    assert any("measured with libtpu 0.1" in line for line in aot_report.report(compiled)["warnings"])
+
+
 def test_warnings_name_gathered_activations_and_wide_sums(devices):
     config = override(preset("llama_tiny"), {"mesh.rules": "fsdp", "train.batch_size": 64, "data.seq_len": 256})
     program = make_program(config, devices)
@@ -242,59 +307,6 @@ def test_warnings_name_gathered_activations_and_wide_sums(devices):
     found = aot_report.collective_warnings([gather, weight, small, block], program)
     assert [line.split(":")[0] for line in found] == ["all-gather of activations", "float32 collective"]
     assert "jit(step)/x" in found[0]
-
-
-@needs_libtpu
-def test_a_search_compiles_nothing_that_its_shapes_rule_out(monkeypatch):
-    monkeypatch.setattr(aot_search, "compile_for", None)
-    sets = next(aot_search.layouts(preset("llama3_8b"), tpu_topology("v5e:2x2")))
-    trial = aot_search._compile(preset("llama3_8b"), tpu_topology("v5e:2x2"), sets)
-    assert not trial.fits and trial.problem.startswith("needs 24 GB a chip for the state")
-    trial = aot_search._compile(preset("llama3_8b"), tpu_topology("v5e:2x2"), sets | {"mesh.tensor": 3})
-    assert not trial.fits and "do not multiply" in trial.problem
-
-
-def test_a_search_goes_on_from_its_file_and_names_the_fastest_that_fits(tmp_path, monkeypatch):
-    compiled = []
-
-    def fake(config, topology, sets):
-        compiled.append(sets)
-        fits = sets["model.remat"] in ("full", "offload") or sets["train.microbatches"] > 1
-        seconds = {"none": 3.0, "dots": 3.5, "full": 4.0, "offload": 5.0}[sets["model.remat"]]
-        seconds += 0.1 * sets["train.microbatches"]
-        floors = {"collectives": None}
-        return aot_search.Trial(sets, {"memory": {"fits": fits}, "parts": {"seconds": seconds}, "floors": floors})
-
-    monkeypatch.setattr(aot_search, "_compile", fake)
-    path, topology = str(tmp_path / "trials.jsonl"), tpu_topology("v5e:2x2")
-    config = configured("fsdp")
-    first, left = aot_search.search(config, topology, 0.0, path)
-    assert len(first) == len(compiled) == 1 and left > 0
-    trials, left = aot_search.search(config, topology, 60.0, path)
-    assert left == 0 and trials[0] == first[0] and len(trials) == len(compiled)  # nothing twice
-    chosen = aot_search.best(trials)
-    assert (chosen.sets["model.remat"], chosen.sets["train.microbatches"]) == ("none", 2)
-    meshes = [trial.sets for trial in trials if trial.sets["mesh.rules"] == "fsdp" and not trial.sets["mesh.data"]]
-    assert [(s["model.remat"], s["train.microbatches"]) for s in meshes] == [
-        ("offload", 8), ("none", 1), ("none", 2), ("dots", 1), ("full", 1)]
-    other, _ = aot_search.search(override(config, {"seed": 1}), topology, 0.0, path)
-    assert len(other) == 1  # another config's trials are not taken
-    with open(path, "a") as file:
-        file.write('{"sets": 1}\n')
-    with pytest.raises(InputError, match="something else than trials"):
-        aot_search.search(config, topology, 0.0, path)
-
-
-def test_a_search_gives_a_mesh_up_where_its_least_memory_does_not_fit(monkeypatch):
-    """And tries no mesh twice, whether its sizes are the config's own or the rules'."""
-    unfit = {"memory": {"fits": False}}
-    monkeypatch.setattr(aot_search, "_compile", lambda config, topology, sets: aot_search.Trial(sets, unfit))
-    config = configured("fsdp")
-    trials, left = aot_search.search(config, tpu_topology("v5e:2x2"), 60.0)
-    meshes = [tuple(value for name, value in trial.sets.items() if name.startswith("mesh.")) for trial in trials]
-    assert left == 0 and len(set(meshes)) == len(meshes) and aot_search.best(trials) is None
-    sized = list(aot_search.layouts(override(config, {"mesh.fsdp": 4}), tpu_topology("v5e:2x2")))
-    assert len(sized) == len(list(aot_search.layouts(config, tpu_topology("v5e:2x2"))))
 
 
 def test_no_cache_compiles_whatever_was_compiled_before():

@@ -10,7 +10,7 @@ import pytest
 
 from research.models.mixers import MIXERS
 from research.training.program import make_program
-from tools import benchmark, benchmark_kernels
+from tools import benchmark, benchmark_kernels, benchmark_running
 
 IMPLEMENTATIONS = [(kernel, name) for kernel, module in benchmark_kernels.KERNELS.items() for name in module.IMPLEMENTATIONS]
 
@@ -32,6 +32,14 @@ def test_a_mixer_s_model_is_one_that_can_be_compared(name):
         mixers.append(type(pattern[0]).__name__)
     assert mixers[0] != mixers[1] and set(mixers) <= set(MIXERS)
     assert 0.8 < sizes[0] / sizes[1] < 1.3
+
+
+@pytest.mark.slow
+def test_a_step_s_memory_is_of_both_its_programs():
+    config = benchmark.row("two", benchmark.ATTENTION, 2, 64, 4)
+    scanned = make_program(config).compile().memory_analysis().temp_size_in_bytes
+    found = benchmark_running.step_memory(config)
+    assert found["scanned"] == scanned > 0 and found["unrolled"] not in (0, scanned)
 
 
 def test_a_case_that_is_not_there():
