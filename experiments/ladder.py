@@ -103,8 +103,11 @@ def make_plan(workdir: str, wanted: Mapping[str, Any], measured: bool) -> dict[s
         jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), COMPILED, "xla"))
     base = override(preset(chosen.preset), shared)
     peak = None if measured else hardware.measured_cpu_peak()
-    sizes = [size_of(chosen.preset, dim, shared | chosen.size(dim), peak) for dim in wanted["dims"]]
-    rungs = grid(sizes, wanted["budgets"], base.optim.warmup_steps, wanted["ratios"])
+    sizes = lambda peak: [size_of(chosen.preset, dim, shared | chosen.size(dim), peak) for dim in wanted["dims"]]
+    grid_of = lambda sizes: grid(sizes, wanted["budgets"], base.optim.warmup_steps, wanted["ratios"])
+    if measured:
+        grid_of(sizes(1.0))  # a grid that can't be is refused before anything is timed
+    rungs = grid_of(sizes(peak))
     plan = {"family": wanted["family"], "preset": chosen.preset, "seed": wanted["seed"], "asked": wanted, "shared": shared,
             "seconds_from": ("measured steps of this machine" if measured else
                              f"{UTILIZATION:g} of this machine's matmul peak, {peak / 1e9:.0f} GFLOP/s"),

@@ -317,3 +317,9 @@ def test_the_whole_chain_with_real_runs(tmp_path):
     done = call("report", f"--workdir={workdir}", "--bootstrap=40", "--json")
     assert done.returncode == 0, done.stderr
     assert (workdir / "report" / "report.png").exists() and json.loads(done.stdout)["scores"]
+
+
+def test_a_grid_that_cannot_be_is_refused_before_a_step_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "step_seconds", lambda _: pytest.fail("a step was timed"))
+    with pytest.raises(InputError, match="--budgets"):
+        ladder.make_plan(str(tmp_path), asked(ratios=(5.0, 6.0)), measured=True)
