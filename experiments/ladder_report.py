@@ -100,13 +100,20 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float
     return curves
 
 
+def _lower(row: Mapping[str, Any], ours: str, theirs: str) -> str:
+    """Which is lower at this budget, by how much; or, where the interval holds 0, the difference with its sign."""
+    difference, at = row["difference"], f"At {row['flops']:.2g} FLOPs"
+    if row["prefers"] is None:
+        return (f"{at} neither is lower beyond the interval: {ours} less {theirs} is {difference['value']:+.3f} "
+                f"({difference['low']:+.3f} to {difference['high']:+.3f}).")
+    value, low, high = (abs(difference[key]) for key in ("value", "low", "high"))
+    return f"{at} the best of {row['prefers']} is lower by {value:.3f} ({min(low, high):.3f} to {max(low, high):.3f})."
+
+
 def compared(found: Mapping[str, Any]) -> list[str]:
     """The crossings in words."""
     (ours, theirs), (low, high) = found["families"], found["measured"]
-    words = [f"At {row['flops']:.2g} FLOPs the best of {row['prefers']} is lower by {abs(row['difference']['value']):.3f} "
-             f"({row['difference']['low']:+.3f} to {row['difference']['high']:+.3f})." if row["prefers"] is not None else
-             f"At {row['flops']:.2g} FLOPs neither is lower beyond the interval ({row['difference']['low']:+.3f} to "
-             f"{row['difference']['high']:+.3f})." for row in (found["at"][0], found["at"][-1])]
+    words = [_lower(row, ours, theirs) for row in (found["at"][0], found["at"][-1])]
     for turn in found["crossings"]:
         where = f" (extrapolated: both were measured from {low:.2g} to {high:.2g} only)" if turn["extrapolated"] else ""
         words.append(f"The laws of {ours} and {theirs} cross at {_flops(turn['flops'])} FLOPs{where}; above, {turn['to']} is "

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -130,6 +131,7 @@ def test_the_report_has_a_verdict_tables_and_pictures(climbed, predicted, tmp_pa
     answer["crossing"] = ladder_report.crossing(points, points, "3", 64, 0, ("a", "b"))
     answer["verdict"] += ladder_report.compared(answer["crossing"])
     assert {row["prefers"] for row in answer["crossing"]["at"]} == {None}  # with itself
+    assert any("a less b is +0.000 (" in words for words in answer["verdict"])
     assert "The laws of a and b don't cross within 1,000 times of what both were measured at" in answer["verdict"][-1]
     ladder_report.draw(str(tmp_path / "report.png"), points, "3", 64, 0, answer["backtests"], {}, [], 1e13)
     ladder_report.write(str(tmp_path), answer, points, ["lost"])
@@ -147,7 +149,11 @@ def test_a_crossing_is_found_with_its_interval(predicted):
     assert found["at"][0]["prefers"] == "a" and found["at"][-1]["prefers"] == "b"
     turn, = found["crossings"]
     assert turn["flops"]["low"] <= turn["flops"]["value"] <= turn["flops"]["high"] and turn["to"] == "b"
-    *_, words = ladder_report.compared(found)
+    first, last, words = ladder_report.compared(found)
+    for sentence, row in zip((first, last), (found["at"][0], found["at"][-1])):
+        value, low, high = map(float, re.search(r"lower by ([\d.]+) \(([\d.]+) to ([\d.]+)\)\.$", sentence).groups())
+        assert low <= value <= high and value == pytest.approx(abs(row["difference"]["value"]), abs=1e-3)
+        assert f"the best of {row['prefers']} is lower" in sentence
     assert words.startswith("The laws of a and b cross at ") and "above, b is lower" in words
     assert ("extrapolated" in words) == turn["extrapolated"]
 
