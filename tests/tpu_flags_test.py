@@ -34,6 +34,20 @@ def test_a_users_flags_stay_and_nothing_is_said_twice(monkeypatch):
     assert words == os.environ[tpu_flags.VARIABLE].split() and len(words) == len(set(words))
 
 
+@pytest.mark.parametrize("own, limit", [(None, 32768), ("--xla_tpu_scoped_vmem_limit_kib=65536", 65536)])
+def test_what_is_compiled_only_has_less_vmem_on_v6e(own, limit, monkeypatch):
+    monkeypatch.delenv(tpu_flags.VARIABLE, raising=False)
+    if own:
+        monkeypatch.setenv(tpu_flags.VARIABLE, own)
+    tpu_flags.use("v6e", to_run=False)
+    words = os.environ[tpu_flags.VARIABLE].split()
+    launch = {flag for flag in tpu_flags.FLAGS["v6e"] if "vmem" not in flag}
+    assert set(words) == launch | {f"--xla_tpu_scoped_vmem_limit_kib={limit}"} and len(words) == len(set(words))
+    monkeypatch.delenv(tpu_flags.VARIABLE)
+    tpu_flags.use("v6e")
+    assert "--xla_tpu_scoped_vmem_limit_kib=98304" in os.environ[tpu_flags.VARIABLE].split()
+
+
 @pytest.mark.parametrize("chip", [None, "tpu7x"])
 def test_without_flags_the_environment_stays(chip, monkeypatch):
     monkeypatch.delenv(tpu_flags.VARIABLE, raising=False)

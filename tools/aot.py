@@ -194,7 +194,7 @@ def main(_: list[str]) -> int:
     if FLAGS.price is not None and not 0 < FLAGS.price < float("inf"):
         raise InputError("--price", f"{FLAGS.price:g} isn't positive", "give USD per chip-hour")
     topology = tpu_topology(FLAGS.topology)
-    tpu_flags.use(topology.chip.name)  # as launches do on it
+    tpu_flags.use(topology.chip.name, to_run=False)
     config = command_line.configured()[0]
     if FLAGS.search:
         run_search(config, topology)
