@@ -130,7 +130,8 @@ def test_killed_and_resumed(undisturbed, cache, tmp_path):
     """SIGKILL once the first checkpoint is there; then the same command; the ledger and metrics tell it right."""
     _, config, result = undisturbed
     config = override(config, {"train.steps": STEPS})
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    # The same bits take the same compiler: this process compiles with few optimisations (tests/conftest.py).
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))}
     process = subprocess.Popen(arguments(config, tmp_path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
