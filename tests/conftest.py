@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # For the TPU's compiler, which looks for a machine that isn't there, and may be at work in pytest's other process, too.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | os.environ
 MOST_MAPPINGS = 20_000
+FITTING = ("scaling", "experiments")  # folders
 FLAG = "--xla_force_host_platform_device_count"
 os.environ.setdefault("XLA_FLAGS", "")
 if FLAG not in os.environ["XLA_FLAGS"]:
@@ -37,8 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # Most of the suite's time is compiling; what it runs is small. Commands that tests start compile as users' do.
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,6 +54,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     partly = any("::" in argument for argument in config.args) or config.getoption("lf", False)  # not all are collected
     if stale and not partly:
         raise pytest.UsageError(f"tests/slow.py: {', '.join(stale)} match no test of their files")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimisations(request: pytest.FixtureRequest) -> None:
+    """Most of the suite's time goes into compiling, so that most of it does without the compiler's optimisations; fits of laws
+    run for longer than they compile. Commands that tests start compile as users' do."""
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name not in FITTING)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -56,6 +56,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         r"test_four_devices_give_what_one_gives\[((dp|fsdp|ep)-|(cp|fsdp_tp|ring)-(?!(Attention|Mamba2|Moe)\]))",),
     "params_test.py": (r"test_adapters_of_every_shape",),
     "presets_test.py": ("test_every_preset_is_listed",),
+    "scaling/divergence_test.py": (r"test_one_diverged_run_is_found_among_much_noise\[scatter",),
     "scaling/planner_test.py": ("test_what_rests_on_the_hosts", "test_activations_know", "test_training_states_are_the_arrays"),
     "scaling/prediction_test.py": ("test_one_made_later_is_refused",),
     "scaling/extended_test.py": (r"test_the_law_comes_back.*\[repeated", "test_an_answer_at_a_budget"),
