@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import backend
 
-from kernels.attention_pallas import fill, up
+from kernels.attention_blocks import fill, up
 from kernels.visibility import Context, Rule, visible
 
 WIDEST = 256  # of a head, on Hopper and later; on Ampere 128, as cuDNN's own error says

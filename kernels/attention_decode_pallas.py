@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import attention_pallas as flash
+from kernels import attention_blocks as shared
 from kernels.varying import like
 from kernels.visibility import Context, Rule, sees, visible_blocks
 
@@ -36,7 +36,7 @@ def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) ->
         return f"{L} queries of {H // G} heads a key head are more than {QUERIES}, or than {ROWS} rows"
     if _groups_per_block(G, k_BxSxGxK.shape[3], v_BxSxGxV.shape[3]) > 32:
         return f"{G} key heads of width {k_BxSxGxK.shape[3]} don't form blocks"
-    return flash.unfit(B * -(-S // 128), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
+    return shared.unfit(B * -(-S // 128), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
 
 
 def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, blocks: int, slots: int, alibi: bool,
@@ -46,9 +46,9 @@ def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, 
     heads, _, width = q.shape
     block, value_width = k.shape[0], sums.shape[2]
 
-    @pl.when(entry & flash.FIRST != 0)
+    @pl.when(entry & shared.FIRST != 0)
     def _():
-        top[...] = jnp.full_like(top, flash.FLOOR)
+        top[...] = jnp.full_like(top, shared.FLOOR)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
@@ -59,16 +59,16 @@ def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, 
             seen_MxE = sees(q_position_Mx1, k_position_1xE, q_ids[1], k_segment_1xE, k_prefix_1xE, rule)
         values_ExGV = v[...]
         if slots % block:  # the last block reaches behind the cache, where anything may lie
-            index_Ex1 = jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) + flash.place(entry, blocks)[1] * block
+            index_Ex1 = jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) + shared.place(entry, blocks)[1] * block
             values_ExGV = jnp.where(index_Ex1 < slots, values_ExGV, jnp.zeros_like(values_ExGV))
         for g in range(heads):
-            scores_MxE = flash.dot(q[g], k[:, g * width:(g + 1) * width], (1, 1)) * rule.scale
+            scores_MxE = shared.dot(q[g], k[:, g * width:(g + 1) * width], (1, 1)) * rule.scale
             if rule.softcap is not None:
                 scores_MxE = rule.softcap * jnp.tanh(scores_MxE / rule.softcap)
             if alibi:
                 scores_MxE -= slopes[g] * jnp.abs(q_position_Mx1 - k_position_1xE).astype(jnp.float32)
             if masked:
-                scores_MxE = jnp.where(seen_MxE, scores_MxE, flash.FLOOR)
+                scores_MxE = jnp.where(seen_MxE, scores_MxE, shared.FLOOR)
             top_Mx1 = jnp.maximum(top[g], jnp.max(scores_MxE, axis=1, keepdims=True))
             weights_MxE = jnp.exp(scores_MxE - top_Mx1)
             if masked:
@@ -76,13 +76,13 @@ def _kernel(visits, q, k, v, q_ids, slopes, k_ids, y, lse, top, total, sums, *, 
             fade_Mx1 = jnp.exp(top[g] - top_Mx1)
             total[g] = total[g] * fade_Mx1 + jnp.sum(weights_MxE, axis=1, keepdims=True)
             values_ExV = values_ExGV[:, g * value_width:(g + 1) * value_width]
-            sums[g] = sums[g] * fade_Mx1 + flash.dot(weights_MxE.astype(v.dtype), values_ExV, (1, 0))
+            sums[g] = sums[g] * fade_Mx1 + shared.dot(weights_MxE.astype(v.dtype), values_ExV, (1, 0))
             top[g] = top_Mx1
 
-    pl.when(entry & flash.SOME != 0)(functools.partial(visit, True))
-    pl.when(entry & flash.ALL != 0)(functools.partial(visit, False))
+    pl.when(entry & shared.SOME != 0)(functools.partial(visit, True))
+    pl.when(entry & shared.ALL != 0)(functools.partial(visit, False))
 
-    @pl.when(entry & flash.LAST != 0)
+    @pl.when(entry & shared.LAST != 0)
     def _():
         total_GxMx1 = jnp.where(total[...] == 0, 1.0, total[...])
         y[...] = (sums[...] / total_GxMx1).astype(y.dtype)
@@ -95,7 +95,7 @@ def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, sl
     S, G, K = k_BxSxGxK.shape[1:]
     V = v_BxSxGxV.shape[3]
     room = BLOCK_BYTES // (_groups_per_block(G, K, V) * max(K, V) * k_BxSxGxK.dtype.itemsize) // 128 * 128
-    block = min(flash.BLOCK, max(128, room), S)
+    block = min(shared.BLOCK, max(128, room), S)
     return _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, block=block, rule=rule, interpret=interpret)
 
 
@@ -103,29 +103,29 @@ def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, sl
 def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, block: int, rule: Rule, interpret):
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
     R, N = H // G, _groups_per_block(G, K, V)
-    M = flash.up(L * R, 16)
+    M = shared.up(L * R, 16)
 
     def rows(x_BxLxHxK):
         """x_BxGxMxK, M = query, then head of the group; behind them rows of segment 0, which see nothing."""
         x_BxGxLxRxK = jnp.moveaxis(x_BxLxHxK.reshape(*x_BxLxHxK.shape[:2], G, R, -1), 2, 1)
-        return flash.fill(x_BxGxLxRxK.reshape(-1, G, x_BxGxLxRxK.shape[2] * R, x_BxGxLxRxK.shape[4]), {2: M})
+        return shared.fill(x_BxGxLxRxK.reshape(-1, G, x_BxGxLxRxK.shape[2] * R, x_BxGxLxRxK.shape[4]), {2: M})
 
     who = jnp.stack([context.q_positions_BxL, context.q_segment_ids_BxL], axis=1).astype(jnp.int32)
-    q_ids_Bx2xMx1 = flash.fill(jnp.repeat(who, R, axis=2), {2: M})[..., None]
+    q_ids_Bx2xMx1 = shared.fill(jnp.repeat(who, R, axis=2), {2: M})[..., None]
     alibi = slopes_H is not None
     slopes_H = jnp.zeros(H, jnp.float32) if slopes_H is None else slopes_H.astype(jnp.float32)
     slopes_GxMx1 = rows(jnp.broadcast_to(slopes_H[:, None], (1, L, H, 1)))[0]
     prefix = jnp.zeros_like(context.k_positions_BxS) if context.k_prefix_BxS is None else context.k_prefix_BxS
-    keys = [flash.fill(x.astype(jnp.int32), {1: flash.up(S, block)})
+    keys = [shared.fill(x.astype(jnp.int32), {1: shared.up(S, block)})
             for x in (context.k_positions_BxS, context.k_segment_ids_BxS, prefix)]
     k_ids_Bx3xS = jnp.stack(keys, axis=1)
     padded = Context(context.q_positions_BxL, keys[0], context.q_segment_ids_BxL, keys[1], keys[2] != 0)
-    lists, count = flash.visits(*visible_blocks(padded, rule, L, block))
-    blocks = flash.up(S, block) // block
+    lists, count = shared.visits(*visible_blocks(padded, rule, L, block))
+    blocks = shared.up(S, block) // block
 
     def spec(shape, index):
         """index: of the block, from b, n (of N key heads) and j."""
-        return pl.BlockSpec(shape, lambda b, n, t, visits: index(b, n, flash.place(visits[b * blocks + t], blocks)[1]))
+        return pl.BlockSpec(shape, lambda b, n, t, visits: index(b, n, shared.place(visits[b * blocks + t], blocks)[1]))
 
     by_rows = lambda width: spec((None, N, M, width), lambda b, n, j: (b, n, 0, 0))
     by_keys = lambda width: spec((None, block, N * width), lambda b, n, j: (b, j, n))
@@ -138,8 +138,8 @@ def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, blo
                       spec((N, M, 1), lambda b, n, j: (n, 0, 0)), spec((None, 3, block), lambda b, n, j: (b, 0, j))],
             out_specs=[by_rows(V), by_rows(1)],
             scratch_shapes=[pltpu.VMEM((N, M, width), jnp.float32) for width in (1, 1, V)]),
-        cost_estimate=flash.cost(K + V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV),  # as of a cache that is full
-        compiler_params=flash.compiler("ppa"), interpret=interpret, name="decode_attention",
+        cost_estimate=shared.cost(K + V, B * H * L * S, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV),  # as of a cache that is full
+        compiler_params=shared.compiler("ppa"), interpret=interpret, name="decode_attention",
     )(lists, rows(q_BxLxHxK), k_BxSxGxK.reshape(B, S, G * K), v_BxSxGxV.reshape(B, S, G * V), q_ids_Bx2xMx1, slopes_GxMx1,
       k_ids_Bx3xS)
     y_BxGxLxRxV = y_BxGxMxV[:, :, :L * R].reshape(B, G, L, R, V)

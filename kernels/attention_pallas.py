@@ -1,7 +1,8 @@
 """Flash attention for TPU in Pallas: forward, and backward in one kernel. Memory linear in L and S.
 
 Each row of the batch has a list of its visible blocks (`visits`), read from scalar memory, and the grid is as long as the
-longest list: a block that nothing sees costs neither a product nor a load, and one that all see needs no mask. Scores are kept
+longest list: a block that nothing sees costs neither a product nor a load, and one that all see needs no mask. Where the lists
+are too long for that memory, or the gradients too many for the chip, a kernel runs for some queries at a time. Scores are kept
 transposed, keys down and queries across: what belongs to a query (maximum, sum, log-sum-exp) is then one row of lanes, and
 reductions over keys are sums of registers. Softmax and all sums are float32; products of float32 are at HIGHEST precision.
 
@@ -18,90 +19,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import attention_blocks as shared
 from kernels.varying import like, vary_alike
 from kernels.visibility import Context, Rule, sees, visible_blocks
-
-BLOCK = 512  # queries, and keys, of a block
-LONGEST_LIST = 65536  # blocks in all lists of a call: 256 KiB of a core's 1 MiB of scalar memory
-ROW_BYTES = 2**23  # of the queries' gradients that the backward kernel keeps on the chip at one time
-VMEM_BYTES = 48 * 2**20  # the smallest chips (v5p, tpu7x) have 64 MiB
-FIRST, LAST, SOME, ALL = 1, 2, 4, 8  # of a visit: begins its row of blocks, ends it; some pairs are visible, all are
-FLOOR = float(jnp.finfo(jnp.float32).min)  # finite, so that a query which sees nothing can't make a NaN
-
-
-class Plan(NamedTuple):
-    """Static sizes of a call: with the rule, what a trace of a kernel is kept by."""
-
-    length: int  # L, padded to whole blocks, as S, K and V are
-    keys: int
-    width: int
-    value_width: int
-    block_q: int
-    block_k: int
-
-
-def up(size: int, unit: int) -> int:
-    return size + -size % unit
-
-
-def plan(L: int, S: int, K: int, V: int) -> Plan:
-    block_q, block_k = (min(BLOCK, up(max(size, 1), 128)) for size in (L, S))
-    return Plan(up(L, block_q), up(S, block_k), up(K, 64), up(V, 64), block_q, block_k)
-
-
-def unfit(blocks: int, *arrays: jax.Array) -> str | None:
-    """Why no kernel can serve these q, k, v with lists of so many blocks; None if it can."""
-    dtypes = {x.dtype.name for x in arrays}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
-        return f"q, k and v are {', '.join(sorted(dtypes))}, not all bfloat16 or all float32"
-    if blocks > LONGEST_LIST:
-        return f"{blocks} blocks of queries and keys are more than {LONGEST_LIST}"
-    return "an axis has length 0" if any(x.size == 0 for x in arrays) else None
 
 
 def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) -> str | None:
     """Why the kernels can't serve these shapes and dtypes; None if they can."""
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
-    p = plan(L, S, K, V)
-    if reason := unfit(B * (p.length // p.block_q) * (p.keys // p.block_k), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV):
+    p = shared.plan(L, S, K, V)
+    if reason := shared.unfit(B * (p.keys // p.block_k), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV):
         return reason
-    if H // G * p.width * p.block_q * 4 > ROW_BYTES:
+    if not shared.held_queries(H // G, shared.plan(L, S, K, V, H // G)):
         return f"{H // G} query heads of width {p.width} a key head are more than a core's memory holds"
     return None
-
-
-def visits(some_BxIxJ: jax.Array, all_BxIxJ: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the lists, flat, T a row of the batch; the longest one's length). An entry: (i * J + j) * 16 + flags.
-
-    Every i is visited at least once, so that its result is written. Behind a list's end its last entry comes again, without
-    flags: nothing to load, nothing to do.
-    """
-    B, I, J = some_BxIxJ.shape
-    column_J = jnp.arange(J)
-    visited_BxIxJ = some_BxIxJ | (~jnp.any(some_BxIxJ, axis=2, keepdims=True) & (column_J == 0))
-    first_BxIx1 = jnp.min(jnp.where(visited_BxIxJ, column_J, J), axis=2, keepdims=True)
-    last_BxIx1 = jnp.max(jnp.where(visited_BxIxJ, column_J, -1), axis=2, keepdims=True)
-    flags_BxIxJ = jnp.where(all_BxIxJ, ALL, jnp.where(some_BxIxJ, SOME, 0))
-    flags_BxIxJ += FIRST * (column_J == first_BxIx1) + LAST * (column_J == last_BxIx1)
-    entry_BxT = (jnp.arange(I * J).reshape(I, J) * 16 + flags_BxIxJ).reshape(B, I * J).astype(jnp.int32)
-    visited_BxT = visited_BxIxJ.reshape(B, I * J)
-    final_Bx1 = jnp.max(jnp.where(visited_BxT, entry_BxT, 0), axis=1, keepdims=True) // 16 * 16
-    count_Bx1 = jnp.sum(visited_BxT, axis=1, keepdims=True, dtype=jnp.int32)
-    list_BxT = jnp.sort(jnp.where(visited_BxT, entry_BxT, jnp.iinfo(jnp.int32).max), axis=1)
-    list_BxT = jnp.where(jnp.arange(I * J) < count_Bx1, list_BxT, final_Bx1)
-    return list_BxT.reshape(-1), jnp.max(count_Bx1)
-
-
-def place(entry: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
-    """(row, column) of the block that an entry of a list names."""
-    place = jax.lax.shift_right_logical(entry, 4)
-    return jax.lax.div(place, columns), jax.lax.rem(place, columns)  # not // and %: those ask for the sign, and the device
-
-
-def dot(a, b, contract: tuple[int, int]) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                               preferred_element_type=jnp.float32)
 
 
 def _column(row_1xC: jax.Array) -> jax.Array:
@@ -111,7 +42,7 @@ def _column(row_1xC: jax.Array) -> jax.Array:
 
 def _scores(q_KxC, k_EK, q_ids, k_ids, slope, rule: Rule, masked: bool):
     """(scores_ExC of E keys and C queries before the mask; and, or None: seen_ExC; the cap's derivative; distance_ExC)."""
-    scores_ExC = dot(k_EK, q_KxC, (1, 0)) * rule.scale
+    scores_ExC = shared.dot(k_EK, q_KxC, (1, 0)) * rule.scale
     seen_ExC = slack_ExC = distance_ExC = None
     if rule.softcap is not None:
         capped_ExC = jnp.tanh(scores_ExC / rule.softcap)
@@ -133,29 +64,29 @@ def _forward_kernel(visits, slopes, q, k, v, q_ids, k_ids, y, lse, top, total, s
     entry = visits[pl.program_id(0) * blocks + pl.program_id(2)]
     slope = slopes[pl.program_id(1)] if alibi else None
 
-    @pl.when(entry & FIRST != 0)
+    @pl.when(entry & shared.FIRST != 0)
     def _():
-        top[...] = jnp.full_like(top, FLOOR)
+        top[...] = jnp.full_like(top, shared.FLOOR)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
     def visit(masked: bool) -> None:
         scores_ExC, seen_ExC, _, _ = _scores(q[...], k[...], q_ids[...], k_ids[...], slope, rule, masked)
         if masked:
-            scores_ExC = jnp.where(seen_ExC, scores_ExC, FLOOR)
+            scores_ExC = jnp.where(seen_ExC, scores_ExC, shared.FLOOR)
         top_1xC = jnp.maximum(top[...], jnp.max(scores_ExC, axis=0, keepdims=True))
         weights_ExC = jnp.exp(scores_ExC - top_1xC)
         if masked:
             weights_ExC = jnp.where(seen_ExC, weights_ExC, 0.0)
         fade_1xC = jnp.exp(top[...] - top_1xC)
         total[...] = total[...] * fade_1xC + jnp.sum(weights_ExC, axis=0, keepdims=True)
-        sums[...] = sums[...] * fade_1xC + dot(v[...], weights_ExC.astype(v.dtype), (1, 0))
+        sums[...] = sums[...] * fade_1xC + shared.dot(v[...], weights_ExC.astype(v.dtype), (1, 0))
         top[...] = top_1xC
 
-    pl.when(entry & SOME != 0)(functools.partial(visit, True))
-    pl.when(entry & ALL != 0)(functools.partial(visit, False))
+    pl.when(entry & shared.SOME != 0)(functools.partial(visit, True))
+    pl.when(entry & shared.ALL != 0)(functools.partial(visit, False))
 
-    @pl.when(entry & LAST != 0)
+    @pl.when(entry & shared.LAST != 0)
     def _():
         total_1xC = jnp.where(total[...] == 0, 1.0, total[...])  # a query that sees nothing: 0 / 1
         y[...] = (sums[...] / total_1xC).astype(y.dtype)
@@ -174,7 +105,7 @@ def _backward_kernel(visits, slopes, q, k, v, q_ids, k_ids, lse, pulled, dy, dq,
         dq[...] = jnp.zeros_like(dq)
         dslopes[...] = jnp.zeros_like(dslopes)
 
-    @pl.when((entry & FIRST != 0) & (r == 0))
+    @pl.when((entry & shared.FIRST != 0) & (r == 0))
     def _():
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
@@ -184,22 +115,22 @@ def _backward_kernel(visits, slopes, q, k, v, q_ids, k_ids, lse, pulled, dy, dq,
         weights_ExC = jnp.exp(scores_ExC - lse[...])
         if masked:
             weights_ExC = jnp.where(seen_ExC, weights_ExC, 0.0)
-        dv_sum[...] += dot(weights_ExC.astype(dy.dtype), dy[...], (1, 1))
-        dscores_ExC = weights_ExC * (dot(v[...], dy[...], (1, 0)) - pulled[...])
+        dv_sum[...] += shared.dot(weights_ExC.astype(dy.dtype), dy[...], (1, 1))
+        dscores_ExC = weights_ExC * (shared.dot(v[...], dy[...], (1, 0)) - pulled[...])
         if alibi:
             dslopes[r] -= jnp.sum(dscores_ExC * distance_ExC, axis=0, keepdims=True)
         if slack_ExC is not None:
             dscores_ExC *= slack_ExC
         dscores_ExC = (dscores_ExC * rule.scale).astype(q.dtype)
-        dk_sum[...] += dot(dscores_ExC, q[...], (1, 1))
+        dk_sum[...] += shared.dot(dscores_ExC, q[...], (1, 1))
         block_q = q.shape[1]
-        here = pl.ds(pl.multiple_of(place(entry, rows)[1] * block_q, block_q), block_q)
-        dq[r, :, here] += dot(k[...], dscores_ExC, (0, 0))
+        here = pl.ds(pl.multiple_of(shared.place(entry, rows)[1] * block_q, block_q), block_q)
+        dq[r, :, here] += shared.dot(k[...], dscores_ExC, (0, 0))
 
-    pl.when(entry & SOME != 0)(functools.partial(visit, True))
-    pl.when(entry & ALL != 0)(functools.partial(visit, False))
+    pl.when(entry & shared.SOME != 0)(functools.partial(visit, True))
+    pl.when(entry & shared.ALL != 0)(functools.partial(visit, False))
 
-    @pl.when((entry & LAST != 0) & (r == pl.num_programs(3) - 1))
+    @pl.when((entry & shared.LAST != 0) & (r == pl.num_programs(3) - 1))
     def _():
         dk[...] = dk_sum[...].astype(dk.dtype)
         dv[...] = dv_sum[...].astype(dv.dtype)
@@ -216,74 +147,53 @@ class _Padded(NamedTuple):
     context: Context
 
 
-def fill(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
-    """x, with zeros behind it up to each axis's size."""
-    return jnp.pad(x, [(0, (sizes[axis] if axis in sizes else size) - size) for axis, size in enumerate(x.shape)])
-
-
-def _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context: Context, p: Plan) -> _Padded:
-    q_rows = [fill(x.astype(jnp.int32), {1: p.length}) for x in (context.q_positions_BxL, context.q_segment_ids_BxL)]
+def _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context: Context, p: shared.Plan) -> _Padded:
+    q_rows = [shared.fill(x.astype(jnp.int32), {1: p.length}) for x in (context.q_positions_BxL, context.q_segment_ids_BxL)]
     prefix = context.k_prefix_BxS
     prefix = jnp.zeros_like(context.k_positions_BxS) if prefix is None else prefix.astype(jnp.int32)
-    k_rows = [fill(x.astype(jnp.int32), {1: p.keys}) for x in (context.k_positions_BxS, context.k_segment_ids_BxS, prefix)]
+    k_rows = [context.k_positions_BxS, context.k_segment_ids_BxS, prefix]
+    k_rows = [shared.fill(x.astype(jnp.int32), {1: p.keys}) for x in k_rows]
     slopes_H = jnp.zeros(q_BxLxHxK.shape[2], jnp.float32) if slopes_H is None else slopes_H.astype(jnp.float32)
     return _Padded(
-        q_BxHxKxL=fill(jnp.transpose(q_BxLxHxK, (0, 2, 3, 1)), {2: p.width, 3: p.length}),
-        k_BxGxSxK=fill(jnp.transpose(k_BxSxGxK, (0, 2, 1, 3)), {2: p.keys, 3: p.width}),
+        q_BxHxKxL=shared.fill(jnp.transpose(q_BxLxHxK, (0, 2, 3, 1)), {2: p.width, 3: p.length}),
+        k_BxGxSxK=shared.fill(jnp.transpose(k_BxSxGxK, (0, 2, 1, 3)), {2: p.keys, 3: p.width}),
         q_ids_Bx2xL=jnp.stack(q_rows, axis=1), k_ids_Bx3xS=jnp.stack(k_rows, axis=1), slopes_H=slopes_H,
         context=Context(q_rows[0], k_rows[0], q_rows[1], k_rows[1], k_rows[2] != 0))
-
-
-def compiler(semantics: str) -> pltpu.CompilerParams:
-    """semantics: of each axis of the grid, p(arallel) or a(rbitrary)."""
-    words = tuple({"p": "parallel", "a": "arbitrary"}[letter] for letter in semantics)
-    return pltpu.CompilerParams(dimension_semantics=words, vmem_limit_bytes=VMEM_BYTES)
-
-
-def computed_share(p: Plan, rule: Rule) -> float:
-    """Of all pairs of blocks, those that the kernels multiply in a row of one document, in the mean over its queries (`p` may
-    hold a part of them). Packed rows take fewer: whose they are is known when the step runs. Of a prefix, nothing is known."""
-    if rule.mask_kind == "prefix":
-        return 1.0
-    columns, firsts, computed = p.keys // p.block_k, range(0, p.keys, p.block_q), 0
-    for first in firsts:
-        last, begin, end = first + p.block_q - 1, 0, columns
-        if rule.mask_kind == "causal":
-            end = min(columns, last // p.block_k + 1)
-        if rule.window is not None:
-            begin = max(0, (first - rule.window + 1) // p.block_k)
-            if rule.mask_kind == "bidirectional":
-                end = min(columns, (last + rule.window - 1) // p.block_k + 1)
-        computed += end - begin
-    return computed / (columns * len(firsts))
-
-
-def cost(products: int, pairs: float, *arrays: jax.Array) -> pl.CostEstimate:
-    """products: multiply-adds of a pair of a query and a key; pairs: those that are computed."""
-    size, bytes_accessed = round(pairs), sum(x.size * x.dtype.itemsize for x in arrays)
-    return pl.CostEstimate(flops=2 * products * size, transcendentals=size, bytes_accessed=bytes_accessed)
 
 
 def forward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, slopes_H: jax.Array | None, context: Context,
             rule: Rule, *, interpret=False) -> tuple[jax.Array, jax.Array]:
     """(y_BxLxHxV, lse_BxHxL: log of the sum of exp(scores), float32); arguments as in `attention.attention`."""
-    p = plan(q_BxLxHxK.shape[1], k_BxSxGxK.shape[1], q_BxLxHxK.shape[3], v_BxSxGxV.shape[3])
-    return _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context, p=p, rule=rule, interpret=interpret)
+    (B, L, H, K), (S, _, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
+    p = shared.plan(L, S, K, V)
+    chunk = shared.listed_queries(B, p)
+    attend = functools.partial(_forward, p=shared.plan(min(chunk, L), S, K, V), rule=rule, interpret=interpret)
+    if chunk >= L:
+        return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context)
+
+    def body(own):
+        q_BxCxHxK, *who = own
+        return attend(q_BxCxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, shared.of_queries(context, *who))
+
+    chunks = [shared.split(q_BxLxHxK, 1, chunk), *shared.split_queries(context, chunk)]
+    y_NxBxCxHxV, lse_NxBxHxC = jax.lax.map(body, chunks)
+    y_BxLxHxV = jnp.moveaxis(y_NxBxCxHxV, 0, 1).reshape(B, -1, H, V)[:, :L]
+    return y_BxLxHxV, jnp.moveaxis(lse_NxBxHxC, 0, 2).reshape(B, H, -1)[:, :, :L]
 
 
 @functools.partial(jax.jit, static_argnames=("p", "rule", "interpret"), inline=True)
-def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, p: Plan, rule: Rule, interpret):
+def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, p: shared.Plan, rule: Rule, interpret):
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
     padded = _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context, p)
-    v_BxGxVxS = fill(jnp.transpose(v_BxSxGxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.keys})
-    lists, count = visits(*visible_blocks(padded.context, rule, p.block_q, p.block_k))
+    v_BxGxVxS = shared.fill(jnp.transpose(v_BxSxGxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.keys})
+    lists, count = shared.visits(*visible_blocks(padded.context, rule, p.block_q, p.block_k))
     columns = p.keys // p.block_k
     blocks = p.length // p.block_q * columns
 
     def spec(shape, index):
         """index: of the block, from b, h, i, j."""
         def at(b, h, t, visits, slopes):
-            return index(b, h, *place(visits[b * blocks + t], columns))
+            return index(b, h, *shared.place(visits[b * blocks + t], columns))
         return pl.BlockSpec(shape, at)
 
     q_spec = spec((None, None, p.width, p.block_q), lambda b, h, i, j: (b, h, 0, i))
@@ -301,8 +211,9 @@ def _forward(q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, slopes_H, context: Context, *, p: 
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(B, H, count), in_specs=[q_spec, k_spec, v_spec, q_ids_spec, k_ids_spec],
             out_specs=[y_spec, lse_spec], scratch_shapes=[row, row, pltpu.VMEM((p.value_width, p.block_q), jnp.float32)]),
-        cost_estimate=cost(K + V, B * H * L * S * computed_share(p, rule), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, q_BxLxHxK),
-        compiler_params=compiler("ppa"), interpret=interpret, name="flash_attention_forward",
+        cost_estimate=shared.cost(K + V, B * H * L * S * shared.computed_share(p, rule),
+                                  q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, q_BxLxHxK),
+        compiler_params=shared.compiler("ppa"), interpret=interpret, name="flash_attention_forward",
     )(lists, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxVxS, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS)
     return jnp.transpose(y_BxHxVxL[:, :, :V, :L], (0, 3, 1, 2)), lse_BxHx1xL[:, :, 0, :L]
 
@@ -311,30 +222,25 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
              y_BxLxHxV: jax.Array, lse_BxHxL: jax.Array, dy_BxLxHxV: jax.Array, rule: Rule, *, interpret=False) -> tuple:
     """(dq, dk, dv, dslopes_H or None), in the dtypes of the arguments, from what `forward` gave and y's gradient.
 
-    The kernel holds the gradient of all of a key head's queries; where those are too many, it runs for some at a time.
+    The kernel holds the gradient of all queries of a key head that it is given.
     """
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
-    p = plan(L, S, K, V)
-    chunk = max(1, ROW_BYTES // (4 * (H // G) * p.width * p.block_q)) * p.block_q
+    p = shared.plan(L, S, K, V, H // G)
+    chunk = min(shared.listed_queries(B, p), shared.held_queries(H // G, p))
     pulled_BxHxL = jnp.sum(dy_BxLxHxV.astype(jnp.float32) * y_BxLxHxV.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     gradients = functools.partial(_chunk_backward, k_BxSxGxK=k_BxSxGxK, v_BxSxGxV=v_BxSxGxV, slopes_H=slopes_H,
-                                  p=plan(min(chunk, L), S, K, V), rule=rule, interpret=interpret)
-
-    def split(x, axis):
-        """Chunks in front; what fills the last one up is segment 0, which sees nothing."""
-        x = fill(x, {axis: up(L, chunk)})
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1:]), axis, 0)
-
+                                  p=shared.plan(min(chunk, L), S, K, V), rule=rule, interpret=interpret)
     if chunk >= L:
         dq, dk, dv, dslopes = gradients(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context)
     else:
         def body(sums, own):
-            *arrays, q_positions, q_segments = own
-            dq, *partial = gradients(*arrays, context._replace(q_positions_BxL=q_positions, q_segment_ids_BxL=q_segments))
+            *arrays, positions, segments = own
+            dq, *partial = gradients(*arrays, shared.of_queries(context, positions, segments))
             return [a + b for a, b in zip(sums, partial, strict=True)], dq.astype(q_BxLxHxK.dtype)
 
+        split = functools.partial(shared.split, chunk=chunk)
         chunks = [split(q_BxLxHxK, 1), split(dy_BxLxHxV, 1), split(lse_BxHxL, 2), split(pulled_BxHxL, 2),
-                  split(context.q_positions_BxL, 1), split(context.q_segment_ids_BxL, 1)]
+                  *shared.split_queries(context, chunk)]
         zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k_BxSxGxK, v_BxSxGxV)] + [jnp.zeros(H, jnp.float32)]
         zeros = [vary_alike(zero, q_BxLxHxK)[0] for zero in zeros]
         (dk, dv, dslopes), dq_NxBxCxHxK = jax.lax.scan(body, zeros, chunks)
@@ -345,22 +251,22 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
 
 @functools.partial(jax.jit, static_argnames=("p", "rule", "interpret"), inline=True)
 def _chunk_backward(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context: Context, *, k_BxSxGxK, v_BxSxGxV, slopes_H,
-                    p: Plan, rule: Rule, interpret):
+                    p: shared.Plan, rule: Rule, interpret):
     """(dq, dk, dv, dslopes_H), float32, of these queries alone."""
     (B, L, H, K), (S, G, V) = q_BxLxHxK.shape, v_BxSxGxV.shape[1:]
     R = H // G
     padded = _pad(q_BxLxHxK, k_BxSxGxK, slopes_H, context, p)
-    dy_BxHxVxL = fill(jnp.transpose(dy_BxLxHxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.length})
-    v_BxGxSxV = fill(jnp.transpose(v_BxSxGxV, (0, 2, 1, 3)), {2: p.keys, 3: p.value_width})
-    lse_BxHx1xL, pulled_BxHx1xL = (fill(x[:, :, None], {3: p.length}) for x in (lse_BxHxL, pulled_BxHxL))
-    lists, count = visits(*(jnp.swapaxes(x, 1, 2) for x in visible_blocks(padded.context, rule, p.block_q, p.block_k)))
+    dy_BxHxVxL = shared.fill(jnp.transpose(dy_BxLxHxV, (0, 2, 3, 1)), {2: p.value_width, 3: p.length})
+    v_BxGxSxV = shared.fill(jnp.transpose(v_BxSxGxV, (0, 2, 1, 3)), {2: p.keys, 3: p.value_width})
+    lse_BxHx1xL, pulled_BxHx1xL = (shared.fill(x[:, :, None], {3: p.length}) for x in (lse_BxHxL, pulled_BxHxL))
+    lists, count = shared.visits(*(jnp.swapaxes(x, 1, 2) for x in visible_blocks(padded.context, rule, p.block_q, p.block_k)))
     rows = p.length // p.block_q
     blocks = p.keys // p.block_k * rows
 
     def spec(shape, index):
         """index: of the block, from b, g, h, i, j."""
         def at(b, g, t, r, visits, slopes):
-            j, i = place(visits[b * blocks + t], rows)
+            j, i = shared.place(visits[b * blocks + t], rows)
             return index(b, g, g * R + r, i, j)
         return pl.BlockSpec(shape, at)
 
@@ -382,9 +288,9 @@ def _chunk_backward(q_BxLxHxK, dy_BxLxHxV, lse_BxHxL, pulled_BxHxL, context: Con
             in_specs=[q_spec, k_spec, v_spec, q_ids_spec, k_ids_spec, row_spec, row_spec, dy_spec],
             out_specs=[dq_spec, k_spec, v_spec, dslopes_spec],
             scratch_shapes=[pltpu.VMEM((p.block_k, width), jnp.float32) for width in (p.width, p.value_width)]),
-        cost_estimate=cost(3 * K + 2 * V, B * H * L * S * computed_share(p, rule), q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, dy_BxLxHxV,
-                           q_BxLxHxK, k_BxSxGxK),
-        compiler_params=compiler("ppaa"), interpret=interpret, name="flash_attention_backward",
+        cost_estimate=shared.cost(3 * K + 2 * V, B * H * L * S * shared.computed_share(p, rule),
+                                  q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, dy_BxLxHxV, q_BxLxHxK, k_BxSxGxK),
+        compiler_params=shared.compiler("ppaa"), interpret=interpret, name="flash_attention_backward",
     )(lists, padded.slopes_H, padded.q_BxHxKxL, padded.k_BxGxSxK, v_BxGxSxV, padded.q_ids_Bx2xL, padded.k_ids_Bx3xS,
       lse_BxHx1xL, pulled_BxHx1xL, dy_BxHxVxL)
     dq = jnp.transpose(dq_BxHxKxL[:, :, :K, :L], (0, 3, 1, 2))

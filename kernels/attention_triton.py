@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from kernels import attention_pallas as flash
+from kernels import attention_blocks as shared
 from kernels.varying import like
 from kernels.visibility import Context, Rule, sees, visible_blocks
 
@@ -70,7 +70,7 @@ def refusal(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array) ->
     width = max(q_BxLxHxK.shape[3], v_BxSxGxV.shape[3])
     if width > WIDEST:
         return f"a head width of {width} is above {WIDEST}"
-    return flash.unfit(0, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
+    return shared.unfit(0, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV)
 
 
 def _bounds(some_BxIxJ: jax.Array, all_BxIxJ: jax.Array) -> jax.Array:
@@ -127,19 +127,19 @@ def _attention_forward(bounds, slopes, q, k, v, q_ids, k_ids, y, lse, *, block: 
         sums_CxV, total_C, top_C = sums
         here = pl.ds(j * block, block)
         k_who = _who(k_ids, here, 0) if masked or alibi else None
-        scores_CxE, seen_CxE, _, _ = _scores(flash.dot(q_CxK, k[here, :], (1, 1)), q_who, k_who, slope, rule, masked)
+        scores_CxE, seen_CxE, _, _ = _scores(shared.dot(q_CxK, k[here, :], (1, 1)), q_who, k_who, slope, rule, masked)
         if masked:
-            scores_CxE = jnp.where(seen_CxE, scores_CxE, flash.FLOOR)
+            scores_CxE = jnp.where(seen_CxE, scores_CxE, shared.FLOOR)
         new_C = jnp.maximum(top_C, jnp.max(scores_CxE, axis=1))
         weights_CxE = jnp.exp2(scores_CxE - new_C[:, None])
         if masked:
             weights_CxE = jnp.where(seen_CxE, weights_CxE, 0.0)
         fade_C = jnp.exp2(top_C - new_C)
-        sums_CxV = sums_CxV * fade_C[:, None] + flash.dot(weights_CxE.astype(v.dtype), v[here, :], (1, 0))
+        sums_CxV = sums_CxV * fade_C[:, None] + shared.dot(weights_CxE.astype(v.dtype), v[here, :], (1, 0))
         return sums_CxV, total_C * fade_C + jnp.sum(weights_CxE, axis=1), new_C
 
     C = q.shape[0]
-    zeros = jnp.zeros(y.shape, jnp.float32), jnp.zeros((C,), jnp.float32), jnp.full((C,), flash.FLOOR, jnp.float32)
+    zeros = jnp.zeros(y.shape, jnp.float32), jnp.zeros((C,), jnp.float32), jnp.full((C,), shared.FLOOR, jnp.float32)
     sums_CxV, total_C, top_C = _visit(bounds, step, zeros)
     total_C = jnp.where(total_C == 0, 1.0, total_C)  # a query that sees nothing: 0 / 1
     y[...] = (sums_CxV / total_C[:, None]).astype(y.dtype)
@@ -163,14 +163,14 @@ def _attention_backward_queries(bounds, slopes, q, k, v, q_ids, k_ids, lse, pull
         dq_CxK, dslopes_C = sums
         here = pl.ds(j * block, block)
         k_ExK, k_who = k[here, :], _who(k_ids, here, 0) if masked or alibi else None
-        products_CxE = flash.dot(q_CxK, k_ExK, (1, 1))
+        products_CxE = shared.dot(q_CxK, k_ExK, (1, 1))
         weights_CxE, slack_CxE, distance_CxE = _weights(products_CxE, lse_Cx1, q_who, k_who, slope, rule, masked)
-        dscores_CxE = weights_CxE * (flash.dot(dy_CxV, v[here, :], (1, 1)) - pulled_Cx1)
+        dscores_CxE = weights_CxE * (shared.dot(dy_CxV, v[here, :], (1, 1)) - pulled_Cx1)
         if alibi:
             dslopes_C -= jnp.sum(dscores_CxE * distance_CxE, axis=1)
         if slack_CxE is not None:
             dscores_CxE *= slack_CxE
-        return dq_CxK + flash.dot(dscores_CxE.astype(k.dtype), k_ExK, (1, 0)), dslopes_C
+        return dq_CxK + shared.dot(dscores_CxE.astype(k.dtype), k_ExK, (1, 0)), dslopes_C
 
     zeros = jnp.zeros(dq.shape, jnp.float32), jnp.zeros(lse.shape, jnp.float32)
     dq_CxK, dslopes_C = _visit(bounds, step, zeros)
@@ -191,13 +191,13 @@ def _attention_backward_keys(bounds, slopes, q, k, v, q_ids, k_ids, lse, pulled,
             dk_ExK, dv_ExV = sums
             here = pl.ds(i * block, block)
             q_CxK, dy_CxV, q_who = q[here, r, :], dy[here, r, :], _who(q_ids, here, 0) if masked or alibi else None
-            products_ExC = flash.dot(k_ExK, q_CxK, (1, 1))
+            products_ExC = shared.dot(k_ExK, q_CxK, (1, 1))
             weights_ExC, slack_ExC, _ = _weights(products_ExC, lse[r, here][None, :], q_who, k_who, slope, rule, masked)
-            dv_ExV += flash.dot(weights_ExC.astype(dy.dtype), dy_CxV, (1, 0))
-            dscores_ExC = weights_ExC * (flash.dot(v_ExV, dy_CxV, (1, 1)) - pulled[r, here][None, :])
+            dv_ExV += shared.dot(weights_ExC.astype(dy.dtype), dy_CxV, (1, 0))
+            dscores_ExC = weights_ExC * (shared.dot(v_ExV, dy_CxV, (1, 1)) - pulled[r, here][None, :])
             if slack_ExC is not None:
                 dscores_ExC *= slack_ExC
-            return dk_ExK + flash.dot(dscores_ExC.astype(q.dtype), q_CxK, (1, 0)), dv_ExV
+            return dk_ExK + shared.dot(dscores_ExC.astype(q.dtype), q_CxK, (1, 0)), dv_ExV
 
         return _visit(bounds, step, sums)
 
@@ -210,7 +210,7 @@ def _attention_backward_keys(bounds, slopes, q, k, v, q_ids, k_ids, lse, pulled,
 class _Call(NamedTuple):
     """What all three kernels begin with, padded to whole blocks and to powers of two: added rows are segment 0."""
 
-    plan: flash.Plan
+    plan: shared.Plan
     tile: Tile
     arrays: list[jax.Array]  # bounds, slopes_H, q_BxLxHxK, k_BxSxGxK, v_BxSxGxV, q_ids_Bx2xL, k_ids_BxNxS
     rows: int  # of k_ids: positions, segments and, for a prefix, whether the key is in it
@@ -222,8 +222,8 @@ class _Call(NamedTuple):
         (_, L, H, K), (S, G, V) = q.shape, v.shape[1:]
         rows_q, rows_k = (tile.inner, tile.own) if of_keys else (tile.own, tile.inner)
         block_q, block_k = min(rows_q, _power(L)), min(rows_k, _power(S))
-        p = flash.Plan(flash.up(L, block_q), flash.up(S, block_k), _power(K), _power(V), block_q, block_k)
-        row = lambda x, size: flash.fill(x.astype(jnp.int32), {1: size})
+        p = shared.Plan(shared.up(L, block_q), shared.up(S, block_k), _power(K), _power(V), block_q, block_k)
+        row = lambda x, size: shared.fill(x.astype(jnp.int32), {1: size})
         who_q = [row(x, p.length) for x in (context.q_positions_BxL, context.q_segment_ids_BxL)]
         who_k = [row(x, p.keys) for x in (context.k_positions_BxS, context.k_segment_ids_BxS)]
         if rule.mask_kind == "prefix":
@@ -232,8 +232,8 @@ class _Call(NamedTuple):
         blocks = visible_blocks(padded, rule, block_q, block_k)
         arrays = [_bounds(*(jnp.swapaxes(x, 1, 2) for x in blocks)) if of_keys else _bounds(*blocks),
                   jnp.zeros(H, jnp.float32) if slopes_H is None else slopes_H.astype(jnp.float32),
-                  flash.fill(q, {1: p.length, 3: p.width}), flash.fill(k, {1: p.keys, 3: p.width}),
-                  flash.fill(v, {1: p.keys, 3: p.value_width}), jnp.stack(who_q, axis=1), jnp.stack(who_k, axis=1)]
+                  shared.fill(q, {1: p.length, 3: p.width}), shared.fill(k, {1: p.keys, 3: p.width}),
+                  shared.fill(v, {1: p.keys, 3: p.value_width}), jnp.stack(who_q, axis=1), jnp.stack(who_k, axis=1)]
         return cls(p, tile, arrays, len(who_k), H // G)
 
     def by_queries(self) -> tuple[list[pl.BlockSpec], Callable[[int], pl.BlockSpec], pl.BlockSpec]:
@@ -263,8 +263,8 @@ class _Call(NamedTuple):
 
     def options(self, rule: Rule, products: int, interpret: bool, *moved: jax.Array) -> dict[str, Any]:
         """products: multiply-adds of a query and a key; moved: the arrays to and from memory."""
-        pairs = math.prod(moved[0].shape[:3]) * moved[1].shape[1] * flash.computed_share(self.plan, rule)
-        return dict(cost_estimate=flash.cost(products, pairs, *moved), interpret=interpret,
+        pairs = math.prod(moved[0].shape[:3]) * moved[1].shape[1] * shared.computed_share(self.plan, rule)
+        return dict(cost_estimate=shared.cost(products, pairs, *moved), interpret=interpret,
                     compiler_params=triton.CompilerParams(num_warps=self.tile.warps, num_stages=self.tile.stages))
 
 
@@ -302,9 +302,9 @@ def backward(q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxV: jax.Array, s
     return dq, dk, dv, dslopes
 
 
-def _pulls(p: flash.Plan, lse_BxHxL, pulled_BxHxL, dy_BxLxHxV) -> list[jax.Array]:
-    return [flash.fill(lse_BxHxL, {2: p.length}), flash.fill(pulled_BxHxL, {2: p.length}),
-            flash.fill(dy_BxLxHxV, {1: p.length, 3: p.value_width})]
+def _pulls(p: shared.Plan, lse_BxHxL, pulled_BxHxL, dy_BxLxHxV) -> list[jax.Array]:
+    return [shared.fill(lse_BxHxL, {2: p.length}), shared.fill(pulled_BxHxL, {2: p.length}),
+            shared.fill(dy_BxLxHxV, {1: p.length, 3: p.value_width})]
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "rule", "interpret"), inline=True)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from configs import preset
-from kernels import attention_pallas
+from kernels import attention_blocks
 from kernels.visibility import Rule
 from research.aot import calibration, estimate
 from research.aot import compile as aot_compile
@@ -154,7 +154,7 @@ def test_the_flags_give_the_published_shapes(published):
 def test_the_calibration_counts_attention_as_the_kernels_do(run):
     """Forward, again under remat, and 2.5 times as much backward: of the blocks that our kernels compute."""
     heads, layers, rows, length = SHAPES[run["name"].split(",")[0]]
-    share = attention_pallas.computed_share(attention_pallas.plan(length, length, 128, 128), Rule("causal", None, None, 1.0))
+    share = attention_blocks.computed_share(attention_blocks.plan(length, length, 128, 128), Rule("causal", None, None, 1.0))
     assert 0.5 < share == 0.5 + 256 / length
     flops = 4.5 * share * 4 * heads * 128 * length**2 * layers * rows
     peak = tpu_topology(run["topology"]).chip.peak("bfloat16")

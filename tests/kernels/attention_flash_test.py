@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention as module
-from kernels import attention_pallas
+from kernels import attention_blocks
 from kernels.visibility import Context, Rule, visible_blocks
 from research.training.flops import count_flops
 from tests.kernels.attention_test import CASES, Case, arguments, oracle_of, run, values_and_gradients
@@ -17,7 +17,7 @@ from tests.kernels.attention_test import CASES, Case, arguments, oracle_of, run,
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that short rows take several blocks, in Pallas's TPU interpret mode."""
-    monkeypatch.setattr(attention_pallas, "BLOCK", 16)
+    monkeypatch.setattr(attention_blocks, "BLOCK", 16)
     monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams())
 
 
@@ -49,14 +49,22 @@ def test_races_are_looked_for(capfd, monkeypatch):
     assert "RACE" not in capfd.readouterr().out
 
 
-def test_many_queries_go_backward_in_chunks(monkeypatch):
-    """As where the gradients of a key head's queries don't fit on the chip: here 16 of 41 at a time."""
-    monkeypatch.setattr(attention_pallas, "ROW_BYTES", 4 * 3 * 64 * 16)  # float32, heads of a key head, width, queries
-    name = "gqa"
-    arrays, rest = arguments(CASES[name])
-    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, oracle_of(name)[0].shape)
+# Where a core holds the gradients of a key head's queries (float32, 3 heads, width 64) for 16 of 41 queries; for 16 of a block
+# of 32; and the lists of 32 queries' blocks of keys.
+ROW = 4 * 3 * 64 * 16
+HELD = {"gradients": {"ROW_BYTES": ROW}, "smaller blocks": {"ROW_BYTES": ROW, "BLOCK": 32, "LEAST_BLOCK": 16},
+        "lists": {"LONGEST_LIST": 7}}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_a_core_can_not_hold_goes_in_chunks(monkeypatch, name):
+    for constant, value in HELD[name].items():
+        monkeypatch.setattr(attention_blocks, constant, value)
+    arrays, rest = arguments(CASES["gqa"])
+    y, gradients = values_and_gradients(lambda a: run(a, rest, "flash"), arrays, oracle_of("gqa")[0].shape)
+    np.testing.assert_allclose(y, oracle_of("gqa")[0], rtol=2e-5, atol=2e-5)
     for key, gradient in gradients.items():
-        np.testing.assert_allclose(gradient, oracle_of(name)[1][key], rtol=2e-5, atol=2e-5, err_msg=key)
+        np.testing.assert_allclose(gradient, oracle_of("gqa")[1][key], rtol=2e-5, atol=2e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("queries", [1, 32])
@@ -85,7 +93,7 @@ def test_flops_do_not_depend_on_the_chunks_of_the_backward_pass(monkeypatch):
     arrays, rest = arguments(Case(("1" * 512,), heads=4, groups=2))
     step = jax.value_and_grad(lambda a: run(a, rest, None).sum())
     whole = count_flops(step, arrays, platform="tpu")
-    monkeypatch.setattr(attention_pallas, "ROW_BYTES", 4 * 2 * 64 * 128)  # float32, heads of a key head, width, queries
+    monkeypatch.setattr(attention_blocks, "ROW_BYTES", 4 * 2 * 64 * 128)  # float32, heads of a key head, width, queries
     assert count_flops(step, arrays, platform="tpu") == whole
 
 
@@ -99,7 +107,7 @@ def test_the_blocks_that_are_counted_are_those_that_are_visited(mask_kind, windo
     rule, L = Rule(mask_kind, window, None, 1.0), 256
     positions, ones = np.arange(L, dtype=np.int32)[None], np.ones((1, L), np.int32)
     some_BxIxJ, _ = visible_blocks(Context(positions, positions, ones, ones, None), rule, queries, keys)
-    plan = attention_pallas.Plan(L, L, 64, 64, queries, keys)
-    assert attention_pallas.computed_share(plan, rule) == np.mean(some_BxIxJ)
+    plan = attention_blocks.Plan(L, L, 64, 64, queries, keys)
+    assert attention_blocks.computed_share(plan, rule) == np.mean(some_BxIxJ)
     part = plan._replace(length=L // 4)  # a quarter of the queries, in the mean over the quarters
-    assert attention_pallas.computed_share(part, rule) == np.mean(some_BxIxJ)
+    assert attention_blocks.computed_share(part, rule) == np.mean(some_BxIxJ)

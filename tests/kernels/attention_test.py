@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import attention as module
-from kernels import attention_pallas, attention_triton
+from kernels import attention_blocks, attention_triton
 from kernels.attention import IMPLEMENTATIONS, attention
 from tests.jaxprs import equations
 
@@ -189,7 +189,7 @@ SMALL = attention_triton.Tile(16, 16, 4, 1)
 def small_chunks(monkeypatch):
     """So that short rows take several chunks, and several blocks of the kernels in Pallas's TPU interpret mode."""
     monkeypatch.setattr(module, "QUERY_CHUNK", 16)
-    monkeypatch.setattr(attention_pallas, "BLOCK", 16)
+    monkeypatch.setattr(attention_blocks, "BLOCK", 16)
     monkeypatch.setattr(attention_triton, "TILES", dict.fromkeys(attention_triton.TILES, (SMALL, SMALL, SMALL)))
     monkeypatch.setattr(module, "INTERPRET", pltpu.InterpretParams())
 

@@ -68,6 +68,8 @@ ODD = {
     "prefix, alibi, cap": dict(width=64, mask_kind="prefix", alibi=True, softcap=30.0),
     "cross": dict(width=128, queries=200, keys=50, mask_kind="bidirectional"),
     "multi-query, in chunks": dict(width=128, queries=8192, heads=16, groups=1),
+    "many heads of one key head": dict(width=64, queries=1024, heads=71, groups=1),
+    "more blocks than a list holds": dict(width=128, queries=100_000),
 }
 
 
