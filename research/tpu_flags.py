@@ -1,6 +1,7 @@
 """Flags of the TPU's compiler by generation of chip: what launches run with, and `tools.aot` compiles with, but for one.
 
-They are read once, when libtpu is loaded, from LIBTPU_INIT_ARGS; a flag that the user has there stays as it is.
+They are read once, when libtpu is loaded, from LIBTPU_INIT_ARGS; a flag that the user has there stays as it is. A libtpu that
+doesn't know one of them ends the process: RUNG_TPU_FLAGS=0 adds none.
 
 Source: MaxText (Google), benchmarks/xla_flags_library.py, as its published runs of dense models on each chip combine them. None
 of it was measured on a chip by this project.
@@ -12,7 +13,7 @@ import glob
 import os
 from pathlib import Path
 
-VARIABLE = "LIBTPU_INIT_ARGS"
+VARIABLE, OFF = "LIBTPU_INIT_ARGS", "RUNG_TPU_FLAGS"
 
 # Gathers of weights run beside products, and are fused into them; so do reductions between slices.
 _OVERLAP = (
@@ -49,6 +50,8 @@ def generation(devices: str = "/sys/bus/pci/devices") -> str | None:
 
 def use(chip: str | None, to_run: bool = True) -> None:
     """Adds this chip's flags to the user's. Must come before libtpu is loaded. Not `to_run`: COMPILED_WITH goes first."""
+    if OFF in os.environ and os.environ[OFF] == "0":
+        return
     given = os.environ[VARIABLE].split() if VARIABLE in os.environ else []
     found = {_name(flag): flag for flag in (FLAGS[chip] if chip in FLAGS else ())}
     if not to_run and chip in COMPILED_WITH:

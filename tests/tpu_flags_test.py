@@ -1,6 +1,10 @@
 """Which flags a launch on a TPU gets, and that a user's own stay."""
 
+import importlib.util
+import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -48,8 +52,21 @@ def test_what_is_compiled_only_has_less_vmem_on_v6e(own, limit, monkeypatch):
     assert "--xla_tpu_scoped_vmem_limit_kib=98304" in os.environ[tpu_flags.VARIABLE].split()
 
 
-@pytest.mark.parametrize("chip", [None, "tpu7x"])
-def test_without_flags_the_environment_stays(chip, monkeypatch):
+@pytest.mark.parametrize("chip, off", [(None, False), ("tpu7x", False), ("v5e", True)])
+def test_without_flags_the_environment_stays(chip, off, monkeypatch):
     monkeypatch.delenv(tpu_flags.VARIABLE, raising=False)
+    monkeypatch.setenv(tpu_flags.OFF, "0" if off else "1")
     tpu_flags.use(chip)
     assert tpu_flags.VARIABLE not in os.environ
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra tpu is not installed")
+@pytest.mark.parametrize("more, known", [((), True), (("--xla_tpu_of_no_libtpu=true",), False)])
+def test_libtpu_knows_every_flag(more, known):
+    """It ends a process that gives it one that it doesn't know."""
+    flags = " ".join({*itertools.chain.from_iterable(tpu_flags.FLAGS.values()), *more})
+    code = "from jax.experimental import topologies as t; print(len(t.get_topology_desc('v5e:2x2', platform='tpu').devices))"
+    environment = {**os.environ, tpu_flags.VARIABLE: flags}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode == 0 and done.stdout.strip() == "4") == known, done.stderr
+    assert known or "xla_tpu_of_no_libtpu" in done.stderr
