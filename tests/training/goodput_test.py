@@ -185,7 +185,7 @@ def test_a_process_that_leaves_its_gang_closes_its_accounts(kept, tmp_path, monk
     member = Gang(kept._clock, epath.Path(tmp_path))
     member.goodput, kept.reached, began = kept, 7, time.monotonic()
     member._exit(EXIT_INTERRUPTED)
-    assert left == [EXIT_INTERRUPTED] and time.monotonic() - began < 2.0
+    assert left == [EXIT_INTERRUPTED] and time.monotonic() - began < 8.0
     assert caplog.messages[-1].startswith("goodput of ") and (told(tmp_path)["step"] == 7) != hangs
     freed.set()
 

