@@ -324,7 +324,8 @@ def test_hard_faults_by_the_command(tmp_path):
         assert row["trials"] == row["survived"] == 1, (fault, done.stderr)
         assert row["bitwise_expected"] == (0 if fault == "resize" else 1), (fault, done.stderr)
         assert fault == "resize" or row["bitwise_equal"] == 1, (fault, done.stderr)
-        assert row["recover_seconds"] < 60 and row["steps_lost"] <= 50 + 20, (fault, done.stderr)
+        # A save that is under way is lost, too; the next one, 50 steps on, waits for its end.
+        assert row["recover_seconds"] < 60 and row["steps_lost"] <= 2 * 50, (fault, done.stderr)
     assert table["term"]["steps_lost"] <= 5  # those between what the harness saw and where the run stopped
 
 
